@@ -1,0 +1,32 @@
+// The kernels for processors with AVX2, F16C and BMI. AVX-512 was tried and gains nothing: the memory is the limit.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+// From here on only: nothing of the standard library may be compiled for this target, since the linker might give that
+// copy to another translation unit.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,bmi,popcnt"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c,bmi,popcnt")
+#endif
+#define DS_AVX2
+#include "one_bit.inl"
+#include "top_k.inl"
+
+const Kernels avx2_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
+                            top_k_encode,   top_k_decode,   top_k_accumulate, all_finite};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

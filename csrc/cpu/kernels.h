@@ -1,0 +1,54 @@
+// What the translation units of kernels offer to the binding. Arguments are checked by the binding, not here.
+#pragma once
+
+#include <cstdint>
+
+enum class Dtype { none, float32, float16, bfloat16 };
+enum class Granularity { block, parameter, bucket };
+
+// Where some tensors lie in a flat array of `shards` shards of `shard_numel` elements (ds_horovod/layout.py). Tensor i
+// takes the elements offset[i] .. offset[i]+numel[i]; offsets ascend and are block-aligned, what lies between is padding.
+struct Layout {
+    int64_t tensors;
+    const int64_t* offset;
+    const int64_t* numel;
+    int64_t shards, shard_numel;
+};
+
+// The tensors themselves. dtype none: there are none, and the value to be sent is the error alone.
+struct Tensors {
+    Dtype dtype;
+    void* const* data;
+};
+
+struct OneBit {
+    int64_t block;
+    bool l2;
+    Granularity granularity;
+    int64_t scales;       // in a chunk
+    int64_t bits_at;      // byte of a chunk where the signs begin
+    int64_t chunk_bytes;
+};
+
+struct TopK {
+    int64_t k;            // entries in a chunk, at most
+    bool half;            // values travel as fp16
+    int64_t offsets_at, values_at, chunk_bytes;
+};
+
+struct Kernels {
+    void (*one_bit_encode)(const OneBit&, const Layout&, Tensors gradients, float* error, uint8_t* chunks, int threads);
+    void (*one_bit_serve)(const OneBit&, const Layout&, const uint8_t* pushed, int64_t workers, float weight,
+                          float* error, uint8_t* chunk, int threads);
+    void (*one_bit_decode)(const OneBit&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
+    void (*one_bit_accumulate)(const OneBit&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
+    void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, float* error, uint8_t* chunks, int threads);
+    void (*top_k_decode)(const TopK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
+    void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum);
+    bool (*all_finite)(const float* values, int64_t count);
+};
+
+extern const Kernels avx2_kernels, portable_kernels;
+
+// Null, or what is wrong with the entries of these chunks: a truncated or corrupted payload must never be scattered.
+const char* top_k_fault(const TopK&, const Layout&, const uint8_t* chunks);

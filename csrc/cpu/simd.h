@@ -1,0 +1,155 @@
+// Eight floats at a time, written once for two instruction sets.
+//
+// A translation unit that defines DS_AVX2 gets AVX2 + F16C, any other gets plain C++. The kernels are written against
+// these few functions only, so both paths round in the same places and give the same bits. There is no fused
+// multiply-add here: the torch reference could not follow it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#ifdef DS_AVX2
+#include <immintrin.h>
+#endif
+
+namespace {  // each translation unit owns its copy: an AVX2 body must never be linked into the portable path
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+constexpr uint32_t kSignBit = 0x80000000u;
+constexpr uint32_t kMaxFinite = 0x7f7fffffu;
+constexpr uint32_t kNaN = 0x7fc00000u;  // the one NaN that travels: bit patterns must not depend on the processor
+
+inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline uint32_t magnitude(float x) { return bits_of(x) & ~kSignBit; }
+
+// ---- one element: conversions on integers, so that flushing denormals cannot reach inside them
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float to_float(Half x) {
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31, fraction = x.bits & 0x3ffu;
+    if (exponent == 31) return float_of(sign | 0x7f800000u | (fraction ? 0x400000u | fraction << 13 : 0));
+    if (exponent) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+    if (!fraction) return float_of(sign);
+    const int shift = __builtin_clz(fraction) - 21;  // a half denormal is a normal float
+    return float_of(sign | uint32_t(113 - shift) << 23 | ((fraction << (shift + 13)) & 0x7fffffu));
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {
+    const uint32_t u = bits_of(x);
+    out->bits = (u & ~kSignBit) > 0x7f800000u ? 0x7fc0 : uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, Half* out) {
+    const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, m = u & ~kSignBit;
+    uint32_t h;
+    if (m > 0x7f800000u) h = 0x7e00u | ((m >> 13) & 0x1ffu);
+    else if (m >= 0x477ff000u) h = 0x7c00u;  // 65520 and more round to infinity
+    else if (m >= 0x38800000u) h = (m + 0xfffu + ((m >> 13) & 1) - 0x38000000u) >> 13;
+    else if (m < 0x33000000u) h = 0;  // under half of the smallest half denormal
+    else {
+        const uint32_t fraction = (m & 0x7fffffu) | 0x800000u, shift = 126 - (m >> 23);
+        h = fraction >> shift;
+        const uint32_t rest = fraction & ((1u << shift) - 1), tie = 1u << (shift - 1);
+        h += rest > tie || (rest == tie && (h & 1));
+    }
+    out->bits = uint16_t(sign | h);
+}
+
+// ---- eight elements
+
+#ifdef DS_AVX2
+
+using F8 = __m256;
+inline F8 load(const float* p) { return _mm256_loadu_ps(p); }
+inline F8 load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F8 load(const BFloat16* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline void store(float* p, F8 x) { _mm256_storeu_ps(p, x); }
+inline void store(Half* p, F8 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, F8 x) {
+    const __m256i u = _mm256_castps_si256(x), lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+inline F8 splat(float x) { return _mm256_set1_ps(x); }
+inline F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
+inline F8 sub(F8 a, F8 b) { return _mm256_sub_ps(a, b); }
+inline F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
+inline F8 abs(F8 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+inline F8 with_sign_of(F8 positive, F8 a) { return _mm256_or_ps(positive, _mm256_and_ps(_mm256_set1_ps(-0.f), a)); }
+// bit j of the result: the sign of lane j
+inline uint32_t signs(F8 a) { return uint32_t(_mm256_movemask_ps(a)); }
+// x four times, negated where the 32 sign bits at p say so
+inline void negate_where(const uint8_t* p, F8 x, F8 out[4]) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    const __m256i up = _mm256_sllv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    const __m256i sign = _mm256_set1_epi32(int(kSignBit)), bits = _mm256_castps_si256(x);
+    auto negate = [&](__m256i s) { return _mm256_castsi256_ps(_mm256_xor_si256(bits, _mm256_and_si256(s, sign))); };
+    out[0] = negate(_mm256_slli_epi32(up, 24));
+    out[1] = negate(_mm256_slli_epi32(up, 16));
+    out[2] = negate(_mm256_slli_epi32(up, 8));
+    out[3] = negate(up);
+}
+// bit j of the result: |lane j|, as an integer, is at least key. So NaN is the largest magnitude of all.
+inline uint32_t at_least(F8 a, uint32_t key) {
+    const __m256i m = _mm256_castps_si256(abs(a));
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(m, _mm256_set1_epi32(int(key) - 1)))));
+}
+// lane by lane, what has the larger magnitude in the order of at_least; its sign is lost
+inline F8 larger_magnitude(F8 magnitudes, F8 a) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(magnitudes), _mm256_castps_si256(abs(a))));
+}
+// past the caches: for a large array that is written and not read soon; p must be 32-byte aligned
+inline void stream(float* p, F8 x) { _mm256_stream_ps(p, x); }
+inline void stream_end() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#else
+
+struct F8 { float x[8]; };
+template <class Op> inline F8 lanes(Op op) { F8 r; for (int j = 0; j < 8; j++) r.x[j] = op(j); return r; }
+template <class T> inline F8 load(const T* p) { return lanes([&](int j) { return to_float(p[j]); }); }
+template <class T> inline void store(T* p, F8 a) { for (int j = 0; j < 8; j++) from_float(a.x[j], p + j); }
+inline F8 splat(float x) { return lanes([&](int) { return x; }); }
+inline F8 add(F8 a, F8 b) { return lanes([&](int j) { return a.x[j] + b.x[j]; }); }
+inline F8 sub(F8 a, F8 b) { return lanes([&](int j) { return a.x[j] - b.x[j]; }); }
+inline F8 mul(F8 a, F8 b) { return lanes([&](int j) { return a.x[j] * b.x[j]; }); }
+inline F8 abs(F8 a) { return lanes([&](int j) { return float_of(magnitude(a.x[j])); }); }
+inline F8 with_sign_of(F8 positive, F8 a) {
+    return lanes([&](int j) { return float_of(bits_of(positive.x[j]) | (bits_of(a.x[j]) & kSignBit)); });
+}
+inline uint32_t signs(F8 a) {
+    uint32_t m = 0;
+    for (int j = 0; j < 8; j++) m |= (bits_of(a.x[j]) >> 31) << j;
+    return m;
+}
+inline void negate_where(const uint8_t* p, F8 x, F8 out[4]) {
+    for (int q = 0; q < 4; q++)
+        out[q] = lanes([&](int j) { return float_of(bits_of(x.x[j]) ^ ((p[q] >> j & 1u) << 31)); });
+}
+inline uint32_t at_least(F8 a, uint32_t key) {
+    uint32_t m = 0;
+    for (int j = 0; j < 8; j++) m |= uint32_t(magnitude(a.x[j]) >= key) << j;
+    return m;
+}
+inline F8 larger_magnitude(F8 magnitudes, F8 a) {
+    return lanes([&](int j) { return float_of(std::max(bits_of(magnitudes.x[j]), magnitude(a.x[j]))); });
+}
+inline void stream(float* p, F8 x) { store(p, x); }
+inline void stream_end() {}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#endif
+
+}  // namespace

@@ -78,12 +78,14 @@ inline float stage_rows(int64_t count, float* staged, uint8_t* bits, const LoadR
         std::memcpy(bits + i / 8, &word, 4);
     };
     int64_t i = 0;
-    for (int64_t whole = count / kRow * kRow; i < whole; sum.close_group())
+    for (const int64_t whole = count / kRow * kRow; i < whole;) {
         for (const int64_t end = std::min(i + kGroup, whole); i < end; i += kRow) {
             F8 v[4];
             load_row(i, v);
             take(i, v);
         }
+        if (i % kGroup == 0) sum.close_group();  // else what is left over belongs to the same group
+    }
     if (i < count) {
         float tail[kRow] = {};
         for (int64_t j = i; j < count; j++) tail[j - i] = load_value(j);

@@ -1,0 +1,194 @@
+"""What a compressor is, and the passes of the exchange derived from it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.formats import align
+from ..layout import Layout, pack
+
+_HEADER = 16  # bytes before the payload of a derived chunk: 1 where its values are not finite, else 0
+
+
+class Compressor(ABC):
+    """Q in ``v -> Q[v]``: any map from float32 values to a payload of fixed size and back, biased or not.
+
+    Write your own with three methods: `payload_nbytes`, `compress` and `decompress`. The passes over a bucket
+    (`encode`, `decode`, `accumulate`, `serve`) are derived from them, correctly if not fast; a compressor with fused
+    kernels overrides the passes instead. All ranks must hold equal compressors: ``repr`` is what they compare.
+    """
+
+    block: int = 32
+    """Elements: every parameter starts at a multiple of it within its bucket. A multiple of 32."""
+
+    @abstractmethod
+    def payload_nbytes(self, numel: int) -> int:
+        """Bytes that `compress` makes of `numel` values: a pure function, not falling as `numel` grows."""
+
+    @abstractmethod
+    def compress(self, values: Tensor) -> Tensor:
+        """Compresses finite values, float32 ``(numel,)``, to uint8 ``(payload_nbytes(numel),)``."""
+
+    @abstractmethod
+    def decompress(self, payload: Tensor, numel: int) -> Tensor:
+        """The values, float32 ``(numel,)``, that a payload stands for."""
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__qualname__}({options})"
+
+    # ---- the passes, derived
+
+    def chunk_nbytes(self, layout: Layout) -> int:
+        """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
+        return align(_HEADER + self.payload_nbytes(layout.fullest))
+
+    def encode(
+        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    ) -> None:
+        """v = gradient + error; payload = Q[v]; error = v - Q[v].
+
+        Where v is not finite the payload says so, and the error stays as it was.
+
+        Parameters
+        ----------
+        layout
+            Where the gradients lie.
+        gradients
+            A contiguous tensor for each of the layout's. None: v is the error alone.
+        error
+            float32, ``(layout.numel,)``, replaced. None: nothing is compensated.
+        chunks
+            uint8, ``(layout.shards, chunk_nbytes(layout))``, all zero, receives the payload.
+        """
+        for shard, pieces in enumerate(layout.pieces):
+            if not pieces:
+                continue
+            errors = [
+                None if error is None else error[shard * layout.shard_numel + p.offset :][: p.numel] for p in pieces
+            ]
+            terms = []
+            for piece, kept in zip(pieces, errors, strict=True):
+                value = torch.zeros(piece.numel, device=chunks.device) if kept is None else kept.clone()
+                if gradients is not None:
+                    value += gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
+                terms.append(value)
+            v = torch.cat(terms)
+            if not kernels.for_device(v.device).all_finite(v):
+                chunks[shard, 0] = 1
+                continue
+            payload = self._checked_payload(v)
+            chunks[shard, _HEADER : _HEADER + len(payload)] = payload
+            if error is not None:
+                v -= self._checked_values(payload, len(v))
+                for kept, rest in zip(errors, v.split([p.numel for p in pieces]), strict=True):
+                    assert kept is not None
+                    kept.copy_(rest)
+
+    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        """gradients = the values that the chunks stand for.
+
+        Raises
+        ------
+        ValueError
+            A payload that no encoder writes.
+        """
+        for pieces, chunk in zip(layout.pieces, chunks, strict=True):
+            values = self._chunk_values(chunk, sum(p.numel for p in pieces))
+            for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
+                gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = part
+
+    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+        """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
+        (pieces,) = layout.pieces
+        values = self._chunk_values(chunk, sum(p.numel for p in pieces))
+        for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
+            total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
+
+    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
+        """Whether all values that the chunks stand for are finite."""
+        return not chunks[:, 0].any()
+
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor
+    ) -> None:
+        """The server pass: v = error + weight * sum_i Q_i; payload = Q[v]; error = v - Q[v].
+
+        Parameters
+        ----------
+        layout
+            Of the one shard that is served.
+        pushed
+            uint8, ``(workers, pusher.chunk_nbytes)``: the workers' chunks for this shard, by rank.
+        pusher
+            The compressor that made them.
+        weight
+            1 / workers for an average, 1 for a sum.
+        error
+            The server error, float32 ``(layout.shard_numel,)``, replaced. None: nothing is compensated.
+        chunk
+            uint8, ``(chunk_nbytes(layout),)``, all zero, receives the reply.
+        """
+        before = None
+        if error is not None and not pusher.is_finite(layout, pushed):
+            before = error.clone()
+        total = torch.zeros(layout.shard_numel, device=pushed.device) if error is None else error
+        for worker in pushed:
+            pusher.accumulate(layout, worker, weight, total)
+        self.encode(layout, None, total, chunk.unsqueeze(0))
+        if error is not None and not self.is_finite(layout, chunk.unsqueeze(0)):
+            # The error stays as it was where the workers' values are not finite; a sum that overflowed is dropped.
+            lost = ~error.isfinite()
+            error[lost] = 0.0 if before is None else before[lost].nan_to_num(0.0, 0.0, 0.0)
+
+    def _checked_payload(self, values: Tensor) -> Tensor:
+        payload = self.compress(values.clone())
+        payload = payload.contiguous().view(-1).view(torch.uint8)
+        expected = self.payload_nbytes(len(values))
+        if len(payload) != expected:
+            raise ValueError(
+                f"{self!r}.compress made {len(payload)} bytes of {len(values)} values, but payload_nbytes says {expected}"
+            )
+        return payload
+
+    def _checked_values(self, payload: Tensor, numel: int) -> Tensor:
+        values = self.decompress(payload, numel)
+        if values.shape != (numel,) or not values.is_floating_point():
+            raise ValueError(
+                f"{self!r}.decompress must return {numel} floating-point values, "
+                f"got {values.dtype} {tuple(values.shape)}"
+            )
+        return values.float()
+
+    def _chunk_values(self, chunk: Tensor, numel: int) -> Tensor:
+        flag = int(chunk[0])
+        if flag not in (0, 1):
+            raise ValueError(f"corrupted payload of {self!r}: a chunk begins with {flag}")
+        if flag or not numel:
+            return torch.full((numel,), torch.nan, device=chunk.device)
+        return self._checked_values(chunk[_HEADER : _HEADER + self.payload_nbytes(numel)], numel)
+
+
+class FusedCompressor(Compressor):
+    """A compressor with passes of its own, from which `compress` and `decompress` are derived."""
+
+    def payload_nbytes(self, numel: int) -> int:
+        return self.chunk_nbytes(self._alone(numel))
+
+    def compress(self, values: Tensor) -> Tensor:
+        payload = torch.zeros(self.payload_nbytes(len(values)), dtype=torch.uint8, device=values.device)
+        self.encode(self._alone(len(values)), [values.contiguous()], None, payload.unsqueeze(0))
+        return payload
+
+    def decompress(self, payload: Tensor, numel: int) -> Tensor:
+        values = torch.empty(numel, device=payload.device)
+        self.decode(self._alone(numel), payload.unsqueeze(0), [values])
+        return values
+
+    def _alone(self, numel: int) -> Layout:
+        return pack([numel], self.block, 1)

@@ -1,0 +1,94 @@
+"""One bit an element: signs, and a scale for each block, parameter or bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.formats import OneBitFormat, align
+from ..layout import Layout
+from .base import Compressor, FusedCompressor
+
+_SCALES = ("l1", "l2")
+_GRANULARITIES = ("block", "parameter", "bucket")
+
+
+@dataclass(frozen=True)
+class OneBit(FusedCompressor):
+    """Q[v] = scale * sign(v), with 32 times fewer bytes than float32.
+
+    A block of zeros has scale 0 and stays zero. A scale that is not finite (from NaN, infinity or overflow) makes its
+    whole block, parameter or bucket NaN on every rank.
+
+    Parameters
+    ----------
+    block
+        Elements that share a scale, a positive multiple of 32. Smaller: closer to the gradient, 32 / block more bits an
+        element.
+    scale
+        "l1": mean |v|, the least-squares scale, always a contraction. "l2": ||v||_2 / sqrt(count), the paper's
+        (Tang et al. 2019, section 5), which keeps the norm but is no contraction for heavy tails.
+    granularity
+        What a scale is shared by: "block", "parameter" or "bucket". A scale never crosses a shard, which with
+        ``server=RANK`` is the whole bucket. The latter two take two passes over the memory instead of one.
+
+    Raises
+    ------
+    ValueError
+        An option out of range.
+    """
+
+    block: int = 2048
+    scale: str = "l1"
+    granularity: str = "block"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block, int) or self.block <= 0 or self.block % 32:
+            raise ValueError(f"OneBit: block must be a positive multiple of 32, got {self.block!r}")
+        if self.scale not in _SCALES:
+            raise ValueError(f"OneBit: scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
+        if self.granularity not in _GRANULARITIES:
+            raise ValueError(f"OneBit: granularity must be one of {', '.join(_GRANULARITIES)}, got {self.granularity!r}")
+
+    def chunk_nbytes(self, layout: Layout) -> int:
+        return _format(self, layout).nbytes
+
+    def encode(
+        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    ) -> None:
+        kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, error, chunks)
+
+    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        kernels.for_device(chunks.device).one_bit_decode(_format(self, layout), layout, chunks, gradients)
+
+    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+        kernels.for_device(chunk.device).one_bit_accumulate(_format(self, layout), layout, chunk, weight, total)
+
+    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
+        scales = chunks[:, : 4 * _format(self, layout).scales].contiguous().view(-1)
+        return bool(kernels.for_device(chunks.device).all_finite(scales.view(torch.float32)))
+
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor
+    ) -> None:
+        if pusher != self or self.granularity != "block":
+            return super().serve(layout, pushed, pusher, weight, error, chunk)
+        kernels.for_device(chunk.device).one_bit_serve(_format(self, layout), layout, pushed, weight, error, chunk)
+
+
+@lru_cache(maxsize=1024)
+def _format(codec: OneBit, layout: Layout) -> OneBitFormat:
+    scales = {
+        "block": layout.shard_numel // codec.block,
+        "parameter": max(len(pieces) for pieces in layout.pieces),
+        "bucket": 1,
+    }[codec.granularity]
+    bits_at = align(4 * scales)
+    return OneBitFormat(
+        codec.block, codec.scale, codec.granularity, scales, bits_at, align(bits_at + layout.shard_numel // 8)
+    )

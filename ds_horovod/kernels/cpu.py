@@ -1,0 +1,143 @@
+"""The kernels on CPUs: checks the tensors and calls the C++ extension. What the functions do stands in `reference`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from .formats import OneBitFormat, TopKFormat
+
+try:
+    from .. import _cpu
+except ImportError as error:
+    raise ImportError(
+        "ds_horovod's compiled kernels are missing; install the package (pip install .) instead of importing its sources"
+    ) from error
+
+_ELEMENTS_PER_THREAD = 1 << 16
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def _use_torch_openmp() -> None:
+    """Runs the kernels on the threads that torch has already.
+
+    Torch's OpenMP threads go on spinning for milliseconds after each parallel loop; other threads would compete with them.
+    """
+    with open("/proc/self/maps") as maps:
+        names = {line.split(maxsplit=5)[-1].strip() for line in maps}
+    for path in sorted(name for name in names if "libgomp" in name or "libiomp" in name or "libomp" in name):
+        try:
+            library = ctypes.CDLL(path)
+            functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+        except (OSError, AttributeError):
+            continue
+        _cpu.use_openmp(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+        return
+
+
+_use_torch_openmp()
+
+
+@lru_cache(maxsize=1024)
+def _layout(layout: Layout) -> _cpu.Layout:
+    return _cpu.Layout(list(layout.offsets), list(layout.numels), layout.shards, layout.shard_numel)
+
+
+@lru_cache(maxsize=1024)
+def _one_bit(format: OneBitFormat) -> _cpu.OneBit:
+    return _cpu.OneBit(*format)
+
+
+@lru_cache(maxsize=1024)
+def _top_k(format: TopKFormat) -> _cpu.TopK:
+    return _cpu.TopK(*format)
+
+
+def _threads(layout: Layout) -> int:
+    return max(1, min(torch.get_num_threads(), layout.numel // _ELEMENTS_PER_THREAD))
+
+
+def _tensors(layout: Layout, tensors: Sequence[Tensor] | None) -> tuple[str, list[int]]:
+    """The name of the tensors' dtype, and where they are."""
+    if tensors is None:
+        return "none", []
+    for tensor, numel in zip(tensors, layout.numels, strict=True):
+        if tensor.numel() != numel or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
+            raise ValueError(
+                f"expected a contiguous {tensors[0].dtype} tensor of {numel} elements, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+    return (_DTYPES[tensors[0].dtype] if tensors else "none"), [tensor.data_ptr() for tensor in tensors]
+
+
+def _flat(values: Tensor | None, numel: int) -> int:
+    """Where a float32 array is; 0 where there is none."""
+    if values is None:
+        return 0
+    if values.dtype != torch.float32 or values.numel() != numel or not values.is_contiguous():
+        raise ValueError(f"expected {numel} contiguous float32 values, got {values.dtype} {tuple(values.shape)}")
+    return values.data_ptr()
+
+
+def _bytes(payload: Tensor) -> tuple[int, int]:
+    if payload.dtype != torch.uint8 or not payload.is_contiguous():
+        raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
+    return payload.data_ptr(), payload.numel()
+
+
+def one_bit_encode(
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+) -> None:
+    _cpu.one_bit_encode(
+        _one_bit(format), _layout(layout), *_tensors(layout, gradients), _flat(error, layout.numel), *_bytes(chunks),
+        _threads(layout),
+    )  # fmt: skip
+
+
+def one_bit_serve(
+    format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
+) -> None:
+    _cpu.one_bit_serve(
+        _one_bit(format), _layout(layout), *_bytes(pushed), weight, _flat(error, layout.numel), *_bytes(chunk),
+        _threads(layout),
+    )  # fmt: skip
+
+
+def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _cpu.one_bit_decode(
+        _one_bit(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout)
+    )
+
+
+def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _cpu.one_bit_accumulate(
+        _one_bit(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
+    )
+
+
+def top_k_encode(
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+) -> None:
+    _cpu.top_k_encode(
+        _top_k(format), _layout(layout), *_tensors(layout, gradients), _flat(error, layout.numel), *_bytes(chunks),
+        _threads(layout),
+    )  # fmt: skip
+
+
+def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _cpu.top_k_decode(
+        _top_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout)
+    )
+
+
+def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
+
+
+def all_finite(values: Tensor) -> bool:
+    return bool(_cpu.all_finite(_flat(values, values.numel()), values.numel()))

@@ -32,6 +32,8 @@ class Layout:
     numels: tuple[int, ...]
     shards: int
     shard_numel: int
+    most: tuple[int, int] | None = None
+    """For one shard out of several: `most_elements` and `most_pieces` of them all, since all have chunks of one size."""
 
     @property
     def numel(self) -> int:
@@ -52,14 +54,25 @@ class Layout:
         return tuple(tuple(shard) for shard in found)
 
     @cached_property
-    def fullest(self) -> int:
+    def most_elements(self) -> int:
         """Elements in the shard that holds the most, padding not counted."""
-        return max(sum(piece.numel for piece in shard) for shard in self.pieces)
+        return self.most[0] if self.most else max(sum(piece.numel for piece in shard) for shard in self.pieces)
+
+    @cached_property
+    def most_pieces(self) -> int:
+        """Pieces in the shard that holds the most."""
+        return self.most[1] if self.most else max(len(shard) for shard in self.pieces)
 
     def shard(self, index: int) -> Layout:
-        """The layout of one shard alone, whose tensors are the pieces that lie in it."""
+        """The layout of one shard alone, whose tensors are the pieces that lie in it. Its chunk is the shard's."""
         pieces = self.pieces[index]
-        return Layout(tuple(p.offset for p in pieces), tuple(p.numel for p in pieces), 1, self.shard_numel)
+        return Layout(
+            tuple(p.offset for p in pieces),
+            tuple(p.numel for p in pieces),
+            1,
+            self.shard_numel,
+            (self.most_elements, self.most_pieces),
+        )
 
 
 def pack(numels: Sequence[int], block: int, shards: int) -> Layout:

@@ -46,7 +46,7 @@ class Compressor(ABC):
 
     def chunk_nbytes(self, layout: Layout) -> int:
         """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
-        return align(_HEADER + self.payload_nbytes(layout.fullest))
+        return align(_HEADER + self.payload_nbytes(layout.most_elements))
 
     def encode(
         self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor

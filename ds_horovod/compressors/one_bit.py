@@ -85,7 +85,7 @@ class OneBit(FusedCompressor):
 def _format(codec: OneBit, layout: Layout) -> OneBitFormat:
     scales = {
         "block": layout.shard_numel // codec.block,
-        "parameter": max(len(pieces) for pieces in layout.pieces),
+        "parameter": layout.most_pieces,
         "bucket": 1,
     }[codec.granularity]
     bits_at = align(4 * scales)

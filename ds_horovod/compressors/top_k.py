@@ -82,9 +82,9 @@ class TopK(FusedCompressor):
 
 @lru_cache(maxsize=1024)
 def _format(codec: TopK, layout: Layout) -> TopKFormat:
-    k = codec.k if codec.ratio is None else math.ceil(codec.ratio * layout.fullest)
+    k = codec.k if codec.ratio is None else math.ceil(codec.ratio * layout.most_elements)
     assert k is not None
-    k = min(k, layout.fullest)
+    k = min(k, layout.most_elements)
     half = codec.values == "fp16"
     offsets_at = align(4 * -(-layout.shard_numel // RUN))
     values_at = align(offsets_at + 2 * k)

@@ -1,0 +1,251 @@
+"""DoubleSqueeze: what the user passes to Horovod. Options, statistics, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import FORMAT, load_buckets, save_bucket
+from .compressors import Compressor, OneBit
+from .exchange import Options
+from .session import GroupTransport, Selection, Session, combine_stats
+
+
+class DoubleSqueeze:
+    """Two-way compression with error feedback on both sides, for ``compression=`` of ``hvd.DistributedOptimizer``.
+
+    Workers compress what they push, the servers compress what they reply, and both add what compression took away to
+    the next step (Tang et al., ICML 2019, arXiv 1905.05957). By default every rank serves its share of each bucket, so
+    that traffic per rank does not grow with the number of ranks.
+
+    Pass the class itself for the defaults, or an instance of your own for each optimizer::
+
+        compression=DoubleSqueeze
+        compression=DoubleSqueeze(TopK(0.01))
+        compression=DoubleSqueeze(OneBit(), server_compressor=NoCompression())          # one-way: MEM-SGD
+        compression=DoubleSqueeze(TopK(0.01), worker_error=False, server_error=False)   # no compensation
+        compression=DoubleSqueeze(OneBit(scale="l2", granularity="bucket"), server=0, bucket_cap_mb=None)  # the paper
+
+    Parameters
+    ----------
+    compressor
+        Of what the workers push. Default ``OneBit()``.
+    server_compressor
+        Of what the servers reply. Default: the same.
+    worker_error, server_error
+        Whether workers and servers compensate their error.
+    server
+        The rank that serves everything, as in the paper. Default None: sharded over all ranks.
+    bucket_cap_mb
+        MiB of gradients that travel together, at most; a larger parameter travels alone. Smaller buckets leave earlier,
+        larger ones cost fewer collectives. None: one bucket for all.
+    min_numel
+        Elements from which a parameter is compressed. Smaller ones, those of one dimension, float64 ones and sparse
+        gradients stay with Horovod's own allreduce.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor | None = None,
+        *,
+        server_compressor: Compressor | None = None,
+        worker_error: bool = True,
+        server_error: bool = True,
+        server: int | None = None,
+        bucket_cap_mb: float | None = 25.0,
+        min_numel: int = 4096,
+    ) -> None:
+        compressor = OneBit() if compressor is None else compressor
+        server_compressor = compressor if server_compressor is None else server_compressor
+        for name, value in (("compressor", compressor), ("server_compressor", server_compressor)):
+            if not isinstance(value, Compressor):
+                hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
+                raise TypeError(f"DoubleSqueeze: {name} must be a ds_horovod Compressor, got {value!r}{hint}")
+            if not isinstance(value.block, int) or value.block <= 0 or value.block % 32:
+                raise ValueError(f"DoubleSqueeze: {name}.block must be a positive multiple of 32, got {value.block!r}")
+        if server is not None and (not isinstance(server, int) or server < 0):
+            raise ValueError(f"DoubleSqueeze: server must be a rank, or None for all ranks; got {server!r}")
+        if bucket_cap_mb is not None and not bucket_cap_mb > 0:
+            raise ValueError(f"DoubleSqueeze: bucket_cap_mb must be positive, or None for one bucket; got {bucket_cap_mb!r}")
+        if not isinstance(min_numel, int) or min_numel < 1:
+            raise ValueError(f"DoubleSqueeze: min_numel must be a positive whole number, got {min_numel!r}")
+        self.compressor = compressor
+        self.server_compressor = server_compressor
+        self.worker_error = bool(worker_error)
+        self.server_error = bool(server_error)
+        self.server = server
+        self.bucket_cap_mb = bucket_cap_mb
+        self.min_numel = min_numel
+        self._optimizer_session: Session[Any] | None = None
+        self._tensor_sessions: dict[str, Session[Any]] = {}
+        self._saved_tensors: dict[str, Mapping[str, Any]] = {}  # loaded before the tensor was first seen
+        self._size = self._rank = -1  # not in use yet
+
+    def __repr__(self) -> str:
+        return (
+            f"DoubleSqueeze({self.compressor!r}, server_compressor={self.server_compressor!r}, "
+            f"worker_error={self.worker_error}, server_error={self.server_error}, server={self.server}, "
+            f"bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel})"
+        )
+
+    @staticmethod
+    def compress(*args: Any) -> Any:
+        """Not how this works: raises TypeError and names the right call."""
+        raise TypeError(
+            "DoubleSqueeze is more than compress() and decompress(): it keeps errors and replaces the collective. "
+            "Pass it to hvd.DistributedOptimizer(..., compression=DoubleSqueeze), "
+            "or call ds_horovod.allreduce(tensor, name=...) in place of hvd.allreduce."
+        )
+
+    decompress = compress
+
+    # ---- called by the hook
+
+    def bind(
+        self, name: str, parameters: Sequence[tuple[str, Tensor]], average: bool, transport: GroupTransport[Any]
+    ) -> Session[Any] | None:
+        """Ties this instance to the parameters of one optimizer.
+
+        Returns
+        -------
+        Session or None
+            None for one rank, which has nobody to exchange with.
+
+        Raises
+        ------
+        ValueError
+            The instance is in use already, or cannot work with these parameters.
+        """
+        if self._size >= 0:
+            raise ValueError("DoubleSqueeze: this instance is in use already; make one for each optimizer")
+        selection = Selection(self.min_numel, self.bucket_cap_mb)
+        for label, p in parameters:
+            if not p.is_floating_point():
+                raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
+            if p.device.type != "cpu":
+                raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu is supported yet")
+        options = self._options(average, transport.size)
+        self._size, self._rank = transport.size, transport.rank
+        if transport.size > 1:
+            trained = [(label, p) for label, p in parameters if p.requires_grad]
+            self._optimizer_session = Session(name, trained, options, selection, transport)
+        return self._optimizer_session
+
+    def tensor_session(
+        self, prefix: str, name: str, tensor: Tensor, average: bool, transport: GroupTransport[Any]
+    ) -> Session[Any]:
+        """The session of one tensor outside an optimizer, made at its first use; its only parameter stands for it.
+
+        Raises
+        ------
+        ValueError
+            The instance belongs to an optimizer, or the tensor is another than the name stood for.
+        """
+        if self._optimizer_session is not None:
+            raise ValueError("DoubleSqueeze: this instance belongs to an optimizer; make another one for allreduce")
+        options = self._options(average, transport.size)
+        session = self._tensor_sessions.get(name)
+        if session is None:
+            self._size, self._rank = transport.size, transport.rank
+            stand_in = torch.empty_like(tensor)
+            session = Session(f"{prefix}.{name}", [(name, stand_in)], options, Selection(1, None, min_dim=0), transport)
+            if name in self._saved_tensors:
+                load_buckets([self._saved_tensors[name]], session.buckets)
+                del self._saved_tensors[name]
+            self._tensor_sessions[name] = session
+        (_, stand_in), = session.parameters
+        if (tensor.shape, tensor.dtype, options) != (stand_in.shape, stand_in.dtype, session.options):
+            raise ValueError(
+                f"allreduce: {name!r} stood for {stand_in.dtype} {tuple(stand_in.shape)} with weight "
+                f"{session.options.weight}, now for {tensor.dtype} {tuple(tensor.shape)} with weight {options.weight}; "
+                "its error belongs to one tensor and op: give another name"
+            )
+        return session
+
+    def _options(self, average: bool, size: int) -> Options:
+        if self.server is not None and self.server >= size:
+            raise ValueError(f"DoubleSqueeze: server must be a rank from 0 to {size - 1}, got {self.server}")
+        weight = 1.0 / size if average else 1.0
+        return Options(self.compressor, self.server_compressor, self.worker_error, self.server_error, weight)
+
+    @property
+    def _sessions(self) -> list[Session[Any]]:
+        return list(self._tensor_sessions.values()) if self._optimizer_session is None else [self._optimizer_session]
+
+    # ---- for the user
+
+    def stats(self) -> dict[str, float]:
+        """What the exchange has cost, and how large the errors are now, on this rank.
+
+        Returns
+        -------
+        dict
+            ``steps``; per step, in bytes: ``compressed_bytes_sent``, ``compressed_bytes_received`` (what crosses the
+            network by the formula ``2 (n-1)/n |payload|``, n ranks), ``dense_bytes_sent``, ``dense_bytes_received``
+            (what stays with Horovod's allreduce); ``compression_ratio``: bytes of an uncompressed ring allreduce over
+            bytes sent; ``worker_error_norm``, ``server_error_norm`` (l2); per step, in seconds:
+            ``worker_pass_seconds``, ``server_pass_seconds``, ``decode_seconds``, ``wait_seconds``. Of a tensor outside
+            an optimizer, a step is a call. Empty for one rank, and before the first use.
+        """
+        return combine_stats([session.stats() for session in self._sessions])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The errors of this rank: plain tensors (not copied) and values, for ``torch.save``.
+
+        Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks.
+        """
+        return {
+            "format": FORMAT,
+            "size": self._size,
+            "rank": self._rank,
+            "server": self.server,
+            "sparse": sorted(name for session in self._sessions for name in session.sparse),
+            "buckets": [save_bucket(bucket) for session in self._sessions for bucket in session.buckets],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the errors of `state_dict` back, exactly.
+
+        To be called after ``hvd.DistributedOptimizer``; of an instance for `allreduce`, at any time.
+
+        Raises
+        ------
+        ValueError
+            The state is of another format, world size, rank or layout: which one, and what was expected. Nothing has
+            changed then.
+        """
+        expected = {"format": FORMAT, "server": self.server}
+        if self._size >= 0:
+            expected |= {"world size": self._size, "rank": self._rank}
+        for label, value in expected.items():
+            found = state["size" if label == "world size" else label]
+            if found != value:
+                raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
+        session = self._optimizer_session
+        if session is None:
+            self._load_tensors(state["buckets"])
+            return
+        before = session.sparse
+        if not session.started:
+            session.set_sparse(set(state["sparse"]))
+        try:
+            load_buckets(state["buckets"], session.buckets)
+        except ValueError:
+            session.set_sparse(before)
+            raise
+
+    def _load_tensors(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        for bucket in saved:
+            (name,) = bucket["parameters"]
+            if name in self._tensor_sessions:
+                load_buckets([bucket], self._tensor_sessions[name].buckets)
+            else:
+                self._saved_tensors[name] = bucket

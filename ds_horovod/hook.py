@@ -1,0 +1,154 @@
+"""The seam with Horovod: the only file that touches its optimizer class.
+
+Stock Horovod gives ``compression.compress(tensor)`` no name, no parameter and no say in the collective. So three methods
+are extended, for a DoubleSqueeze only; every other compression runs through the original code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import horovod
+import horovod.torch as hvd
+from horovod.torch import optimizer as stock
+
+from .double_squeeze import DoubleSqueeze
+from .transport import HorovodTransport
+
+_SUPPORTED = "0.28.1"
+_optimizers = itertools.count()  # ranks make their optimizers in the same order, so this names them alike
+
+
+def install() -> None:
+    """Extends Horovod's optimizers; to be called once.
+
+    Raises
+    ------
+    ImportError
+        This Horovod is not the one whose methods are known.
+    """
+    expected = {
+        "_DistributedOptimizer.__init__": [
+            "self", "params", "named_parameters", "compression", "backward_passes_per_step", "op",
+            "gradient_predivide_factor", "groups", "sparse_as_dense", "process_set",
+        ],
+        "_DistributedOptimizer._allreduce_grad_async": ["self", "p"],
+        "_DistributedAdasumOptimizer.__init__": [
+            "self", "params", "named_parameters", "compression", "backward_passes_per_step",
+        ],
+    }  # fmt: skip
+    for path, parameters in expected.items():
+        class_name, method_name = path.split(".")
+        method = getattr(getattr(stock, class_name, None), method_name, None)
+        if method is None or list(inspect.signature(method).parameters) != parameters:
+            raise ImportError(
+                f"ds_horovod supports Horovod {_SUPPORTED}; in the installed {horovod.__version__} {path} is another one. "
+                f"Install horovod=={_SUPPORTED}."
+            )
+    optimizer, adasum = stock._DistributedOptimizer, stock._DistributedAdasumOptimizer
+    optimizer.__init__ = _init(optimizer.__init__)
+    optimizer._allreduce_grad_async = _allreduce_grad_async(optimizer._allreduce_grad_async)
+    adasum.__init__ = _refuse_adasum(adasum.__init__)
+
+
+def as_double_squeeze(compression: Any) -> DoubleSqueeze | None:
+    """The class stands for an instance with defaults; None for any other compression."""
+    if isinstance(compression, type) and issubclass(compression, DoubleSqueeze):
+        return compression()
+    return compression if isinstance(compression, DoubleSqueeze) else None
+
+
+def is_average(op: Any) -> bool:
+    """Whether op is Average rather than Sum.
+
+    Raises
+    ------
+    ValueError
+        It is neither.
+    """
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError(f"DoubleSqueeze: op must be hvd.Average or hvd.Sum, got {op!r}")
+    return bool(op == hvd.Average)
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        squeeze = as_double_squeeze(call.arguments["compression"])
+        self._double_squeeze_session = None
+        if squeeze is None:
+            return original(self, *args, **kwargs)
+        average = is_average(call.arguments["op"])
+        if call.arguments["groups"] not in (None, 0):
+            raise ValueError(f"DoubleSqueeze: groups is not supported yet, got {call.arguments['groups']!r}; leave it out")
+        if call.arguments["process_set"] is not hvd.global_process_set:
+            raise ValueError(
+                f"DoubleSqueeze: process_set is not supported yet, got {call.arguments['process_set']}; leave it out"
+            )
+        call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
+        original(*call.args, **call.kwargs)
+        parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
+        name = f"doublesqueeze.{next(_optimizers)}"
+        self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))
+        self.double_squeeze = squeeze
+
+    return __init__
+
+
+def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Any, Any]:
+        session = self._double_squeeze_session
+        if session is None:
+            return original(self, p)  # type: ignore[no-any-return]
+        if not self._handles:
+            session.abandon()  # a new step: what is still under way was dropped by optimizer.load_state_dict
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
+        if session.meet(p):
+            session.ready(p)
+            return functools.partial(session.finish, p), None
+        handle, context = _dense(self, p, original)
+        if session.started:
+            return handle, context
+
+        def after_agreement() -> Any:
+            session.start()
+            return handle() if callable(handle) else hvd.synchronize(handle)
+
+        return after_agreement, context
+
+    return _allreduce_grad_async
+
+
+def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any, Any]:
+    """Horovod's own path, in float32 for bfloat16, which Horovod does not know."""
+    gradient = p.grad
+    assert gradient is not None
+    if gradient.dtype != torch.bfloat16 or gradient.is_sparse:
+        return original(self, p)  # type: ignore[no-any-return]
+    handle = hvd.allreduce_async_(gradient.float(), name=self._parameter_names[p], op=self.op)
+    return lambda: gradient.copy_(hvd.synchronize(handle)), None
+
+
+def _refuse_adasum(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if as_double_squeeze(signature.bind(self, *args, **kwargs).arguments["compression"]):
+            raise ValueError("DoubleSqueeze: op must be hvd.Average or hvd.Sum, got hvd.Adasum")
+        original(self, *args, **kwargs)
+
+    return __init__

@@ -1,0 +1,301 @@
+"""The buckets of one optimizer, step after step: when a bucket leaves, and when its gradients are back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol
+
+import torch
+from torch import Tensor
+
+from .agreement import require_agreement
+from .exchange import Exchange, Flight, Handle, Options, Totals, Transport
+from .layout import fill_buckets, pack
+
+COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
+_NAP_SECONDS = 5e-5
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors if t is not None))
+
+
+def combine_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several sessions: norms add up as norms do, the ratio by what was sent, the rest plainly."""
+    if len(stats) <= 1:
+        return dict(stats[0]) if stats else {}
+    total = {key: sum(s[key] for s in stats) for key in stats[0]}
+    for key in ("worker_error_norm", "server_error_norm"):
+        total[key] = math.sqrt(sum(s[key] ** 2 for s in stats))
+    sent = [s["steps"] * (s["compressed_bytes_sent"] + s["dense_bytes_sent"]) for s in stats]
+    if sum(sent):
+        total["compression_ratio"] = sum(s["compression_ratio"] * b for s, b in zip(stats, sent, strict=True)) / sum(sent)
+    return total
+
+
+class GroupTransport(Transport[Handle], Protocol[Handle]):
+    """A transport that can also compare notes."""
+
+    def gather_objects(self, value: Any, name: str) -> list[Any]:
+        """Every rank's value, by rank. Blocks."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which parameters are compressed, and how they are grouped."""
+
+    min_numel: int
+    bucket_cap_mb: float | None
+
+    min_dim: int = 2
+
+    def takes(self, p: Tensor) -> bool:
+        """Whether a parameter is compressed: a matrix or more, of a kind whose error fits float32, and not small."""
+        return p.dim() >= self.min_dim and p.numel() >= self.min_numel and p.dtype in COMPRESSIBLE
+
+
+@dataclass(eq=False)
+class Bucket(Generic[Handle]):
+    """Parameters that travel together."""
+
+    names: list[str]
+    parameters: list[Tensor]
+    exchange: Exchange[Handle]
+    missing: int = field(init=False)
+    """Parameters whose gradients are not there yet in this step."""
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.parameters)
+
+
+@dataclass(eq=False)
+class _Journey(Generic[Handle]):
+    flight: Flight[Handle]
+    copies: list[tuple[Tensor, Tensor]]
+    """Gradients that are not contiguous, and the contiguous tensors that travel for them."""
+
+
+class Session(Generic[Handle]):
+    """All buckets of one optimizer.
+
+    In the first step nothing leaves before all gradients are there: only then is it known which are sparse, and the
+    ranks have compared what they hold. From the second step on a bucket leaves as soon as it is full. There is no
+    thread: `ready` polls what is under way, `finish` waits for it.
+
+    Parameters
+    ----------
+    name
+        Prefix of all names of collectives, the same on all ranks.
+    parameters
+        Names and parameters in the order of registration.
+    options, selection
+        As the user chose them.
+    transport
+        To the other ranks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[tuple[str, Tensor]],
+        options: Options,
+        selection: Selection,
+        transport: GroupTransport[Handle],
+    ) -> None:
+        self.name = name
+        self.parameters = list(parameters)
+        self.options = options
+        self.selection = selection
+        self.transport = transport
+        self.totals = Totals()
+        self.dense_bytes = 0
+        """Bytes of gradients that have stayed with Horovod's own allreduce."""
+        self.started = False
+        self.sparse: set[str] = set()
+        self._names = {p: n for n, p in self.parameters}
+        self._gradients_met = 0
+        self._arrived: set[Tensor] = set()  # and not yet under way
+        self._journeys: list[_Journey[Handle]] = []
+        self._fill()
+
+    def _fill(self) -> None:
+        """Makes the buckets anew, with errors of zero."""
+        chosen = [(n, p) for n, p in self.parameters if n not in self.sparse and self.selection.takes(p)]
+        cap = self.selection.bucket_cap_mb
+        buckets = fill_buckets(
+            [p.numel() * p.element_size() for _, p in chosen],
+            [(p.dtype, p.device) for _, p in chosen],
+            None if cap is None else cap * 2**20,
+        )
+        block = math.lcm(self.options.compressor.block, self.options.server_compressor.block)
+        self.buckets: list[Bucket[Handle]] = []
+        for b, members in enumerate(buckets):
+            parameters = [chosen[i][1] for i in members]
+            layout = pack([p.numel() for p in parameters], block, self.transport.shards)
+            exchange = Exchange(
+                f"{self.name}.bucket{b}", layout, self.options, self.transport, parameters[0].device, self.totals
+            )
+            self.buckets.append(Bucket([chosen[i][0] for i in members], parameters, exchange))
+        self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+
+    def covers(self, p: Tensor) -> bool:
+        """Whether the gradient of a parameter goes through the exchange."""
+        return p in self._bucket_of
+
+    def set_sparse(self, names: set[str]) -> None:
+        """Leaves parameters with sparse gradients out."""
+        if names != self.sparse:
+            self.sparse = names
+            self._fill()
+
+    def meet(self, p: Tensor) -> bool:
+        """Is told of each gradient, once a step. Returns whether it goes through the exchange.
+
+        Raises
+        ------
+        ValueError
+            A sparse gradient of a parameter that has had dense gradients, and an error to compensate, until now.
+        """
+        self._gradients_met += 1
+        gradient = p.grad
+        assert gradient is not None
+        if gradient.is_sparse and self.covers(p):
+            if self.started:
+                raise ValueError(
+                    f"DoubleSqueeze: the gradient of {self._names[p]} has become sparse after steps with dense gradients; "
+                    "a parameter must have one or the other"
+                )
+            self.set_sparse(self.sparse | {self._names[p]})
+        if self.covers(p):
+            return True
+        if gradient.is_sparse:
+            gradient = gradient._values()
+        self.dense_bytes += gradient.numel() * gradient.element_size()
+        return False
+
+    def ready(self, p: Tensor) -> None:
+        """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""
+        self._arrived.add(p)
+        if self.started:
+            bucket = self._bucket_of[p]
+            bucket.missing -= 1
+            if not bucket.missing:
+                self._launch(bucket)
+            self._poll()
+
+    def finish(self, p: Tensor) -> Tensor:
+        """The aggregated gradient of p. All parameters must have been `ready`."""
+        self.start()
+        try:
+            while self._journeys:
+                self._poll()
+                if self._journeys:
+                    time.sleep(_NAP_SECONDS)
+                    self.totals.wait_seconds += _NAP_SECONDS
+        except BaseException:
+            self._journeys.clear()  # a collective has failed: there is nothing to wait for
+            raise
+        if p in self._arrived:
+            waits_for = [n for n, q in zip(*self._members(p), strict=True) if q not in self._arrived]
+            raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
+        assert p.grad is not None
+        return p.grad
+
+    def start(self) -> None:
+        """At the end of the first step: compares notes with the other ranks, then sends all buckets.
+
+        Raises
+        ------
+        ValueError
+            The ranks do not agree; the same on all of them.
+        """
+        if self.started:
+            return
+        require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
+        self.started = True
+        for p in [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]:
+            self.ready(p)
+
+    def abandon(self) -> None:
+        """Forgets the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
+
+        Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
+        """
+        for journey in self._journeys:
+            journey.flight.discard()
+        self._journeys.clear()
+        self._arrived.clear()
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def stats(self) -> dict[str, float]:
+        """As `DoubleSqueeze.stats` says."""
+        steps = self._gradients_met // max(1, len(self.parameters))
+        ring = 2 * (self.transport.size - 1) / self.transport.size
+        uncompressed = ring * (self.dense_bytes + steps * sum(
+            p.numel() * p.element_size() for bucket in self.buckets for p in bucket.parameters
+        ))  # fmt: skip
+        sent = self.totals.bytes_sent + ring * self.dense_bytes
+        per_step = {
+            "compressed_bytes_sent": self.totals.bytes_sent,
+            "compressed_bytes_received": self.totals.bytes_received,
+            "dense_bytes_sent": ring * self.dense_bytes,
+            "dense_bytes_received": ring * self.dense_bytes,
+            "worker_pass_seconds": self.totals.worker_pass_seconds,
+            "server_pass_seconds": self.totals.server_pass_seconds,
+            "decode_seconds": self.totals.decode_seconds,
+            "wait_seconds": self.totals.wait_seconds,
+        }
+        return {
+            "steps": steps,
+            **{key: value / max(1, steps) for key, value in per_step.items()},
+            "compression_ratio": uncompressed / sent if sent else 1.0,
+            "worker_error_norm": _norm([bucket.exchange.worker_error for bucket in self.buckets]),
+            "server_error_norm": _norm([bucket.exchange.server_error for bucket in self.buckets]),
+        }
+
+    def _members(self, p: Tensor) -> tuple[list[str], list[Tensor]]:
+        bucket = self._bucket_of[p]
+        return bucket.names, bucket.parameters
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "compressor": repr(self.options.compressor),
+            "server_compressor": repr(self.options.server_compressor),
+            "worker_error": self.options.worker_error,
+            "server_error": self.options.server_error,
+            "server": self.transport.server,
+            "weight": self.options.weight,
+            "min_numel": self.selection.min_numel,
+            "bucket_cap_mb": self.selection.bucket_cap_mb,
+            "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],
+            "sparse parameters": sorted(self.sparse),
+        }
+
+    def _launch(self, bucket: Bucket[Handle]) -> None:
+        travelling, copies = [], []
+        for name, p in zip(bucket.names, bucket.parameters, strict=True):
+            gradient = p.grad
+            if gradient is None or gradient.device != bucket.exchange.device:
+                found = "none" if gradient is None else str(gradient.device)
+                raise ValueError(
+                    f"DoubleSqueeze: expected a gradient of {name} on {bucket.exchange.device}, found {found}; "
+                    "move the model before making the optimizer"
+                )
+            gradient = gradient.detach()
+            travelling.append(gradient.contiguous())
+            if not gradient.is_contiguous():
+                copies.append((gradient, travelling[-1]))
+        self._journeys.append(_Journey(bucket.exchange.begin(travelling), copies))
+        self._arrived.difference_update(bucket.parameters)
+        bucket.missing = len(bucket.parameters)
+
+    def _poll(self) -> None:
+        for journey in self._journeys:
+            if journey.flight.poll():
+                for gradient, copy in journey.copies:
+                    gradient.copy_(copy)
+        self._journeys = [journey for journey in self._journeys if not journey.flight.landed]

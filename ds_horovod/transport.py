@@ -1,0 +1,62 @@
+"""Horovod's collectives behind the verbs of the exchange."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import horovod.torch as hvd
+
+_NAP_SECONDS = 5e-5
+
+
+class HorovodTransport:
+    """Horovod between all ranks: one alltoall to push, one allgather to pull.
+
+    Splits are equal, sizes and names fixed: that keeps Horovod's response cache and its fastest paths. With one server
+    the alltoall sends everything to that rank, which broadcasts its reply.
+
+    Parameters
+    ----------
+    server
+        The rank that serves all of every bucket. None: every rank serves its shard.
+    """
+
+    def __init__(self, server: int | None = None) -> None:
+        self.rank: int = hvd.rank()
+        self.size: int = hvd.size()
+        self.server = server
+        self.shards = self.size if server is None else 1
+        self.serves = self.rank if server is None else (0 if server == self.rank else None)
+        self._splits: Tensor | None = None
+        if server is not None:
+            self._splits = torch.zeros(self.size, dtype=torch.int32)
+            self._splits[server] = 1
+
+    def push(self, payload: Tensor, name: str) -> int:
+        return int(hvd.alltoall_async(payload, splits=self._splits, name=name))
+
+    def pull(self, reply: Tensor | None, nbytes: int, name: str) -> int:
+        if self.server is None:
+            assert reply is not None
+            return int(hvd.allgather_async(reply.unsqueeze(0), name=name))
+        buffer = torch.empty(1, nbytes, dtype=torch.uint8) if reply is None else reply.unsqueeze(0)
+        return int(hvd.broadcast_async_(buffer, root_rank=self.server, name=name))
+
+    def poll(self, handle: int) -> bool:
+        return bool(hvd.poll(handle))
+
+    def wait(self, handle: int) -> Tensor:
+        # hvd.synchronize spins, and would take the core that Horovod's own thread needs.
+        while not hvd.poll(handle):
+            time.sleep(_NAP_SECONDS)
+        result = hvd.synchronize(handle)
+        tensor: Tensor = result[0] if isinstance(result, tuple) else result  # alltoall also returns the splits
+        return tensor
+
+    def gather_objects(self, value: Any, name: str) -> list[Any]:
+        """Every rank's value, by rank. Blocks."""
+        return list(hvd.allgather_object(value, name=name))

@@ -161,7 +161,7 @@ class DoubleSqueeze:
                 load_buckets([self._saved_tensors[name]], session.buckets)
                 del self._saved_tensors[name]
             self._tensor_sessions[name] = session
-        (_, stand_in), = session.parameters
+        ((_, stand_in),) = session.parameters
         if (tensor.shape, tensor.dtype, options) != (stand_in.shape, stand_in.dtype, session.options):
             raise ValueError(
                 f"allreduce: {name!r} stood for {stand_in.dtype} {tuple(stand_in.shape)} with weight "

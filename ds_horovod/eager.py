@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
-
-import horovod.torch as hvd
 
 from .double_squeeze import DoubleSqueeze
 from .hook import is_average
@@ -62,9 +61,7 @@ def allreduce(
     average = is_average(op)
     if hvd.size() == 1 or tensor.numel() == 0:
         return tensor.clone()
-    session = compression.tensor_session(
-        "doublesqueeze.tensor", name, tensor, average, HorovodTransport(compression.server)
-    )
+    session = compression.tensor_session("doublesqueeze.tensor", name, tensor, average, HorovodTransport(compression.server))
     ((_, stand_in),) = session.parameters
     stand_in.grad = tensor.detach().clone(memory_format=torch.contiguous_format)
     session.meet(stand_in)

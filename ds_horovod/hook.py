@@ -12,12 +12,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import horovod
 import horovod.torch as hvd
+import torch
 from horovod.torch import optimizer as stock
+from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
 from .transport import HorovodTransport

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
-
-import horovod.torch as hvd
 
 _NAP_SECONDS = 5e-5
 

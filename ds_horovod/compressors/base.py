@@ -48,9 +48,7 @@ class Compressor(ABC):
         """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
         return align(_HEADER + self.payload_nbytes(layout.most_elements))
 
-    def encode(
-        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
-    ) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
         """v = gradient + error; payload = Q[v]; error = v - Q[v].
 
         Where v is not finite the payload says so, and the error stays as it was.
@@ -69,9 +67,7 @@ class Compressor(ABC):
         for shard, pieces in enumerate(layout.pieces):
             if not pieces:
                 continue
-            errors = [
-                None if error is None else error[shard * layout.shard_numel + p.offset :][: p.numel] for p in pieces
-            ]
+            errors = [None if error is None else error[shard * layout.shard_numel + p.offset :][: p.numel] for p in pieces]
             terms = []
             for piece, kept in zip(pieces, errors, strict=True):
                 value = torch.zeros(piece.numel, device=chunks.device) if kept is None else kept.clone()
@@ -160,8 +156,7 @@ class Compressor(ABC):
         values = self.decompress(payload, numel)
         if values.shape != (numel,) or not values.is_floating_point():
             raise ValueError(
-                f"{self!r}.decompress must return {numel} floating-point values, "
-                f"got {values.dtype} {tuple(values.shape)}"
+                f"{self!r}.decompress must return {numel} floating-point values, got {values.dtype} {tuple(values.shape)}"
             )
         return values.float()
 

@@ -23,9 +23,7 @@ class NoCompression(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return 4 * -(-layout.shard_numel // 4) * 4
 
-    def encode(
-        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
-    ) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
         for shard, pieces in enumerate(layout.pieces):
             values = chunks[shard].view(torch.float32)
             for piece in pieces:

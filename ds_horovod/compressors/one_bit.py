@@ -58,9 +58,7 @@ class OneBit(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return _format(self, layout).nbytes
 
-    def encode(
-        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
-    ) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, error, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -89,6 +87,4 @@ def _format(codec: OneBit, layout: Layout) -> OneBitFormat:
         "bucket": 1,
     }[codec.granularity]
     bits_at = align(4 * scales)
-    return OneBitFormat(
-        codec.block, codec.scale, codec.granularity, scales, bits_at, align(bits_at + layout.shard_numel // 8)
-    )
+    return OneBitFormat(codec.block, codec.scale, codec.granularity, scales, bits_at, align(bits_at + layout.shard_numel // 8))

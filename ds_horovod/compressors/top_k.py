@@ -62,9 +62,7 @@ class TopK(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return _format(self, layout).nbytes
 
-    def encode(
-        self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
-    ) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, error, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:

@@ -109,9 +109,7 @@ def one_bit_serve(
 
 
 def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.one_bit_decode(
-        _one_bit(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout)
-    )
+    _cpu.one_bit_decode(_one_bit(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
 
 
 def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
@@ -130,9 +128,7 @@ def top_k_encode(
 
 
 def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.top_k_decode(
-        _top_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout)
-    )
+    _cpu.top_k_decode(_top_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
 
 
 def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:

@@ -1,0 +1,7 @@
+from typing import Any
+
+Layout = Any
+OneBit = Any
+TopK = Any
+
+def __getattr__(name: str) -> Any: ...

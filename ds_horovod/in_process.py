@@ -100,5 +100,6 @@ class Simulation:
     def step(self, gradients: Sequence[Sequence[Tensor]]) -> None:
         """One exchange; gradients are by worker and tensor, contiguous, read and written in place."""
         flights = [exchange.begin(g) for exchange, g in zip(self.exchanges, gradients, strict=True)]
-        while not all([flight.poll() for flight in flights]):  # every flight is polled in each round
-            pass
+        for _ in ("serve", "land"):
+            for flight in flights:
+                flight.poll()

@@ -100,6 +100,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
         name = f"doublesqueeze.{next(_optimizers)}"
         self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))
+        # Names of collectives only: two optimizers with equal parameter names may be under way at once.
+        self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
 
     return __init__
@@ -132,12 +134,13 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any, Any]:
-    """Horovod's own path, in float32 for bfloat16, which Horovod does not know."""
+    """Horovod's own path, by way of a copy for what it refuses: bfloat16 and gradients that are not contiguous."""
     gradient = p.grad
     assert gradient is not None
-    if gradient.dtype != torch.bfloat16 or gradient.is_sparse:
+    if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
         return original(self, p)  # type: ignore[no-any-return]
-    handle = hvd.allreduce_async_(gradient.float(), name=self._parameter_names[p], op=self.op)
+    copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype)
+    handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op)
     return lambda: gradient.copy_(hvd.synchronize(handle)), None
 
 

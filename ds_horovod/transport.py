@@ -30,10 +30,9 @@ class HorovodTransport:
         self.server = server
         self.shards = self.size if server is None else 1
         self.serves = self.rank if server is None else (0 if server == self.rank else None)
-        self._splits: Tensor | None = None
+        self._splits = None
         if server is not None:
-            self._splits = torch.zeros(self.size, dtype=torch.int32)
-            self._splits[server] = 1
+            self._splits = torch.tensor([int(rank == server) for rank in range(self.size)], dtype=torch.int32)
 
     def push(self, payload: Tensor, name: str) -> int:
         return int(hvd.alltoall_async(payload, splits=self._splits, name=name))

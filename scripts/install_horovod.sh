@@ -31,7 +31,7 @@ if ! ls "$cache"/horovod-*.whl >/dev/null 2>&1; then
     echo "building Horovod $version for $built_for (some minutes, once)"
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    "$python" -m pip install --quiet 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml numpy
+    "$python" -m pip install --quiet 'setuptools<81' wheel packaging cffi cloudpickle psutil pyyaml
     "$python" -m pip download --quiet --no-deps --no-binary horovod --no-build-isolation --dest "$work" "horovod==$version"
     tar -xzf "$work/horovod-$version.tar.gz" -C "$work"
     sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 17)/' \

@@ -1,0 +1,66 @@
+"""On a real Horovod, with 1 to 4 ranks."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from horovod_jobs import ROOT, horovodrun, separate_ranks
+
+WORKERS = ROOT / "tests" / "workers"
+CHECKS = re.findall(r"^@check\ndef (\w+)", (WORKERS / "checks.py").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """What every rank says of every check."""
+    file = tmp_path_factory.mktemp("checks") / f"ranks{request.param}"
+    horovodrun(request.param, str(WORKERS / "checks.py"), str(file))
+    return [json.loads(file.with_name(f"{file.name}.{rank}").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("results", [2, 3, 4], indirect=True)
+def test_check(results, check):
+    failures = [f"rank {rank}: {result[check]}" for rank, result in enumerate(results) if result[check]]
+    assert not failures, "\n".join(failures)
+
+
+def test_one_process_is_left_alone():
+    assert "alone: ok" in horovodrun(1, str(WORKERS / "alone.py"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_killed_rank_surfaces_as_horovods_error(ranks):
+    with separate_ranks(ranks, str(WORKERS / "dies.py")) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert processes[-1].returncode == -9
+        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
+            assert process.returncode == 7 and "HorovodInternalError" in output, output
+
+
+@pytest.mark.parametrize("ranks", [4])
+def test_compressed_training_is_as_accurate(ranks, tmp_path):
+    """1-bit and top-k reach the accuracy of uncompressed training within one percentage point."""
+    file = tmp_path / "train.json"
+    horovodrun(ranks, "benchmarks/train.py", "--json", str(file), "--methods", "none,onebit,topk")
+    accuracy = {method["method"]: method["test_accuracy"] for method in json.loads(file.read_text())["results"]}
+    assert accuracy["none"] > 0.93
+    assert accuracy["onebit"] >= accuracy["none"] - 0.01, accuracy
+    assert accuracy["topk"] >= accuracy["none"] - 0.01, accuracy
+
+
+def test_importing_without_horovod_says_what_to_do():
+    script = "import sys; sys.modules['horovod'] = None; import ds_horovod"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 1
+    assert "ImportError: ds_horovod needs Horovod with PyTorch" in result.stderr
+
+
+@pytest.mark.parametrize("change", ["del O._allreduce_grad_async", "O._allreduce_grad_async = lambda self, p, q: None"])
+def test_importing_with_another_horovod_says_which_is_supported(change):
+    script = f"from horovod.torch.optimizer import _DistributedOptimizer as O\n{change}\nimport ds_horovod"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 1
+    assert "ds_horovod supports Horovod 0.28.1" in result.stderr

@@ -1,0 +1,269 @@
+"""The native kernels equal the oracle in plain torch bit for bit, whatever the instruction set and the threads."""
+
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from support import assert_same_bits, generator, spread
+
+from ds_horovod import OneBit, TopK, _cpu, kernels
+from ds_horovod.kernels import cpu, reference
+from ds_horovod.layout import pack
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ONE_BIT = [OneBit(*o) for o in itertools.product((32, 96, 2048), ("l1", "l2"), ("block", "parameter", "bucket"))]
+TOP_K = [TopK(ratio, values=values) for ratio in (0.001, 0.01, 0.3, 1.0) for values in ("fp32", "fp16")]
+TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in ("fp32", "fp16")]
+CODECS = ONE_BIT + TOP_K
+
+SIZES = [[1], [7], [8], [9], [31], [2047], [2048], [2049], [65535], [65537], [5, 100, 3000], [70000, 1, 33, 200000]]
+MILLION = 1_000_003  # more than a thread's share, and more than the samples of top-k can cover
+
+
+def mostly_zeros(numel, dtype, g):
+    values = torch.zeros(numel)
+    values[:: max(1, numel // 5)] = 3.0
+    return values
+
+
+def not_finite(numel, dtype, g):
+    values = torch.randn(numel, generator=g)
+    values[numel // 2] = torch.inf
+    values[-1] = -torch.inf
+    values[0] = torch.nan
+    return values
+
+
+CONTENTS = {
+    "normal": lambda numel, dtype, g: torch.randn(numel, generator=g),
+    "zeros": lambda numel, dtype, g: torch.zeros(numel),
+    "mostly zeros": mostly_zeros,
+    "all equal": lambda numel, dtype, g: torch.full((numel,), -0.5),
+    "ties": lambda numel, dtype, g: torch.randint(-2, 3, (numel,), generator=g).float(),
+    "denormals": lambda numel, dtype, g: torch.randn(numel, generator=g) * torch.finfo(dtype).tiny,
+    "negative zeros": lambda numel, dtype, g: torch.randn(numel, generator=g).clamp_min(0) * -1.0,
+    "heavy tails": lambda numel, dtype, g: torch.randn(numel, generator=g) ** 7,
+    "beyond half": lambda numel, dtype, g: torch.randn(numel, generator=g) * 60000,
+    "sums overflow": lambda numel, dtype, g: (torch.rand(numel, generator=g) * 2 - 1) * torch.finfo(dtype).max,
+    "not finite": not_finite,
+}
+
+
+@pytest.fixture(params=_cpu.instruction_sets())
+def instruction_set(request):
+    _cpu.use_instruction_set(request.param)
+    yield
+    _cpu.use_instruction_set(_cpu.instruction_sets()[0])
+
+
+@pytest.fixture
+def use_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 1)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def oracle():
+    """Inside, compressors run on the reference kernels."""
+    return mock.patch.object(kernels, "for_device", return_value=reference)
+
+
+def passes(codec, layout, gradients, error, dtype):
+    """Encodes, decodes and accumulates; all that comes of it."""
+    error = None if error is None else error.clone()
+    payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, gradients, error, payload)
+    decoded = [torch.full((numel,), 7, dtype=dtype) for numel in layout.numels]
+    codec.decode(layout, payload, decoded)
+    totals = torch.randn(layout.shards, layout.shard_numel, generator=generator(1))
+    for shard, total in enumerate(totals):
+        codec.accumulate(layout.shard(shard), payload[shard], 0.3, total)
+    results = {"payload": payload, "decoded": torch.cat(decoded), "totals": totals}
+    return results if error is None else results | {"error": error}
+
+
+def check_passes(codec, layout, gradients, error, dtype, what):
+    native = passes(codec, layout, gradients, error, dtype)
+    with oracle():
+        expected = passes(codec, layout, gradients, error, dtype)
+    for name, values in expected.items():
+        assert_same_bits(native[name], values, f"{name} ({what}):")
+
+
+def make(content, sizes, dtype, seed=0):
+    g = generator(seed)
+    return [CONTENTS[content](numel, dtype, g).to(dtype) for numel in sizes]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_sizes(codec, sizes, instruction_set):
+    for dtype, shards in itertools.product(DTYPES, (1, 3)):  # a small tensor leaves two of three shards empty
+        layout = pack(sizes, codec.block, shards)
+        error = spread(layout, make("normal", sizes, torch.float32, seed=1))
+        check_passes(codec, layout, make("normal", sizes, dtype), error, dtype, f"{dtype}, {shards} shards")
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_contents(codec, content, instruction_set):
+    sizes = [5, 100, 3000]
+    for dtype, shards in itertools.product(DTYPES, (1, 3)):
+        layout = pack(sizes, codec.block, shards)
+        gradients = make(content, sizes, dtype)
+        error = spread(layout, make(content, sizes, torch.float32, seed=1))
+        check_passes(codec, layout, gradients, error, dtype, f"{dtype}, {shards} shards, both")
+        check_passes(codec, layout, gradients, None, dtype, f"{dtype}, {shards} shards, no error")
+        check_passes(codec, layout, None, error, dtype, f"{dtype}, {shards} shards, error alone")
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_a_million(codec, instruction_set):
+    layout = pack([MILLION], codec.block, 1)
+    error = spread(layout, make("normal", [MILLION], torch.float32, seed=1))
+    check_passes(codec, layout, make("heavy tails", [MILLION], torch.float32), error, torch.float32, "float32")
+
+
+def at_the_samples(numel):
+    """Where top-k takes the samples of its first guess: lines of 16 elements, 8192 apart (a little less for less)."""
+    lines = numel // 16
+    step = 16 * (lines // (numel // 512 // 16))
+    return (torch.arange(0, numel - 16, step)[:, None] + torch.arange(16)).view(-1)
+
+
+def guess_too_high(v):
+    here = at_the_samples(len(v))
+    v[here] *= 1000.0
+
+
+def guess_too_low(v):
+    here = at_the_samples(len(v))
+    v[here] *= 1e-6
+
+
+def few_heavy_in_clusters(v):
+    for start in (0, len(v) // 2 - 5000, len(v) - 10000):
+        v[start : start + 10000 : 2] *= 1e4
+    v[at_the_samples(len(v))[: 8 * 16]] *= 1e6
+
+
+def few_not_zero(v):
+    v[torch.arange(len(v)) % 1000 != 0] = 0.0
+
+
+def all_alike(v):
+    v[:] = 0.25
+
+
+@pytest.mark.parametrize("codec", TOP_K, ids=str)
+@pytest.mark.parametrize("spoil", [guess_too_high, guess_too_low, few_heavy_in_clusters, few_not_zero, all_alike])
+def test_top_k_when_the_guessed_threshold_fails(codec, spoil, instruction_set, use_threads):
+    numel = 1 << 20
+    v = torch.randn(numel, generator=generator(0))
+    spoil(v)
+    error = torch.zeros(numel)
+    error[::3], v[::3] = v[::3], 0.0
+    layout = pack([numel], codec.block, 1)
+    use_threads(2)
+    check_passes(codec, layout, [v], error, torch.float32, "with error")
+    check_passes(codec, layout, [v + error], None, torch.float32, "no error")
+
+
+@pytest.mark.parametrize("error_kept", [True, False], ids=["error", "no error"])
+@pytest.mark.parametrize("content", ["normal", "ties", "not finite"])
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_serve(codec, content, error_kept, instruction_set):
+    sizes = [5, 100, 3000]
+    layout = pack(sizes, codec.block, 2)
+    for workers, weight in ((1, 1.0), (3, 1 / 3), (5, 1.0)):
+        pushed = torch.zeros(workers, 2, codec.chunk_nbytes(layout), dtype=torch.uint8)
+        for worker, payload in enumerate(pushed):
+            contents = content if worker == 0 else "normal"
+            codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), None, payload)
+        for shard in (0, 1):
+            arrived, alone = pushed[:, shard].contiguous(), layout.shard(shard)
+            results = []
+            for context in (mock.MagicMock(), oracle()):
+                with context:
+                    error = torch.zeros(alone.numel) if error_kept else None
+                    for piece in layout.pieces[shard] if error_kept else ():
+                        rest = torch.randn(piece.numel, generator=generator(9))
+                        error[piece.offset : piece.offset + piece.numel] = rest
+                    reply = torch.zeros(codec.chunk_nbytes(alone), dtype=torch.uint8)
+                    codec.serve(alone, arrived, codec, weight, error, reply)
+                    results.append((reply, error))
+            (reply, error), (expected_reply, expected_error) = results
+            assert_same_bits(reply, expected_reply, f"reply ({workers} workers, shard {shard}):")
+            if error_kept:
+                assert_same_bits(error, expected_error, f"error ({workers} workers, shard {shard}):")
+
+
+@pytest.mark.parametrize("codec", [*ONE_BIT, TopK(0.01), TopK(0.3, values="fp16"), TopK(k=3)], ids=str)
+@pytest.mark.parametrize("content", ["normal", "ties", "not finite"])
+def test_threads_make_no_difference(codec, content, instruction_set, use_threads):
+    sizes = [70000, 1, 33, 200000]
+    layout = pack(sizes, codec.block, 1)
+    gradients = make(content, sizes, torch.float32)
+    error = spread(layout, make("normal", sizes, torch.float32, seed=1))
+    results = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        assert cpu._threads(layout) == threads
+        results.append(passes(codec, layout, gradients, error, torch.float32))
+    for other in results[1:]:
+        for name, values in results[0].items():
+            assert_same_bits(other[name], values, f"{name}:")
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 4095, 4096, 4097, 10000])
+def test_all_finite(numel, instruction_set):
+    values = torch.randn(numel, generator=generator(0)) * 1e38
+    assert cpu.all_finite(values) and reference.all_finite(values)
+    for at in {0, numel // 2, numel - 1} if numel else ():
+        for odd in (torch.nan, torch.inf, -torch.inf):
+            spoiled = values.clone()
+            spoiled[at] = odd
+            assert not cpu.all_finite(spoiled) and not reference.all_finite(spoiled)
+
+
+# ---- against what is neither of the two
+
+
+@pytest.mark.parametrize("numel", [1, 9, 2049, MILLION])
+@pytest.mark.parametrize("codec", [TopK(0.01), TopK(0.3), TopK(k=3), TopK(1.0)], ids=str)
+def test_top_k_is_that_of_torch(codec, numel, instruction_set):
+    g = generator(0)
+    v = (torch.randperm(numel, generator=g) + 1.0) * (torch.randint(0, 2, (numel,), generator=g) * 2 - 1)  # no ties
+    layout = pack([numel], codec.block, 1)
+    error, decoded = torch.zeros(layout.numel), torch.empty(numel)
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [v], error, payload)
+    codec.decode(layout, payload, [decoded])
+    k = min(numel, codec.k or int(np.ceil(codec.ratio * numel)))
+    chosen = v.abs().topk(k).indices
+    expected = torch.zeros(numel)
+    expected[chosen] = v[chosen]
+    assert torch.equal(decoded, expected)
+    assert torch.equal(error[:numel], v - expected)
+
+
+@pytest.mark.parametrize("numel", [1, 9, 2049, 65537])
+@pytest.mark.parametrize("codec", ONE_BIT, ids=str)
+def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
+    v = torch.randn(numel, generator=generator(0))
+    layout = pack([numel], codec.block, 1)
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [v], None, payload)
+    signs = np.packbits(np.signbit(v.numpy()), bitorder="little")
+    scales = layout.numel // codec.block if codec.granularity == "block" else 1
+    at = -(-4 * scales // 16) * 16
+    written = payload[0].numpy()
+    assert np.array_equal(written[at : at + len(signs)], signs)
+    assert not written[at + len(signs) :].any()
+    length = codec.block if codec.granularity == "block" else numel
+    regions = [region.double() for region in v.split(length)]
+    means = [float(r.abs().mean() if codec.scale == "l1" else r.square().mean().sqrt()) for r in regions]
+    assert written[: 4 * scales].view(np.float32) == pytest.approx(means, rel=1e-6)

@@ -1,0 +1,29 @@
+"""One process: DoubleSqueeze changes nothing."""
+
+import horovod.torch as hvd
+import torch
+
+import ds_horovod
+from ds_horovod import DoubleSqueeze, TopK
+
+hvd.init()
+assert hvd.size() == 1
+results = []
+for compression in (hvd.Compression.none, DoubleSqueeze(TopK(0.01))):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 100)).square().sum().backward()
+        optimizer.step()
+    results.append(model.weight.detach().clone())
+assert torch.equal(*results)
+assert optimizer.double_squeeze.stats() == {}
+state = optimizer.double_squeeze.state_dict()
+assert state["buckets"] == []
+optimizer.double_squeeze.load_state_dict(state)
+value = torch.randn(10)
+assert torch.equal(ds_horovod.allreduce(value, name="alone"), value)
+print("alone: ok")

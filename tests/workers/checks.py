@@ -1,0 +1,661 @@
+"""What must hold on a real Horovod: run by ``horovodrun -np N python tests/workers/checks.py FILE``.
+
+Every rank runs every check in the same order and writes FILE.<rank>: a JSON object of check -> "" or a traceback.
+tests/test_horovod.py starts it for 2, 3 and 4 ranks and makes one test of each check.
+"""
+
+import json
+import math
+import sys
+import tempfile
+import traceback
+from contextlib import contextmanager
+from functools import partial
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import ds_horovod
+from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK
+from ds_horovod import transport as transport_module
+
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+@contextmanager
+def raises(kind, *parts):
+    """Like pytest.raises, for all parts of the message."""
+    try:
+        yield
+    except kind as error:
+        missing = [part for part in parts if part not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+
+# ---- helpers
+
+
+def small_model(seed=0, dtype=torch.float32):
+    """Parameters of odd sizes, several to a bucket, biases that stay dense."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 47), nn.Tanh(), nn.Linear(47, 7)).to(dtype)
+
+
+def batch(step, dtype=torch.float32):
+    """Another one on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + hvd.rank())
+    return torch.randn(16, 33, generator=generator).to(dtype), torch.randint(0, 7, (16,), generator=generator)
+
+
+def distributed(model, compression, kind=torch.optim.SGD, options=None, **kwargs):
+    optimizer = kind(model.parameters(), **({"lr": 0.1} if options is None else options))
+    return hvd.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=compression, **kwargs
+    )
+
+
+def squeeze(*args, **kwargs):
+    """Compresses small parameters too, in small buckets."""
+    return DoubleSqueeze(*args, **{"min_numel": 64, "bucket_cap_mb": 0.01, **kwargs})
+
+
+def train_step(model, optimizer, step, dtype=torch.float32):
+    x, y = batch(step, dtype)
+    optimizer.zero_grad()
+    cross_entropy(model(x).float(), y).backward()
+    optimizer.step()
+
+
+def flat(tensors):
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+
+
+def everyones(values):
+    """Rank by rank."""
+    return hvd.allgather(values.unsqueeze(0).contiguous())
+
+
+def assert_identical(model):
+    """Bit for bit, on all ranks."""
+    own = torch.cat([p.detach().contiguous().view(-1).view(torch.uint8) for p in model.parameters()])
+    rows = everyones(own)
+    assert all(torch.equal(rows[0], row) for row in rows), "replicas differ"
+
+
+def errors_in_gradient_order(optimizer):
+    """(mean_i e_i, E) over all ranks for each compressed parameter, as dense float64 tensors by name."""
+    result = {}
+    session = optimizer._double_squeeze_session
+    for bucket in session.buckets:
+        layout, exchange = bucket.exchange.layout, bucket.exchange
+        worker = torch.zeros(layout.numel) if exchange.worker_error is None else exchange.worker_error
+        worker = everyones(worker.double()).mean(0)
+        own = torch.zeros(layout.numel, dtype=torch.float64)
+        if exchange.server_error is not None:
+            start = exchange.transport.serves * layout.shard_numel
+            own[start : start + layout.shard_numel] = exchange.server_error
+        server = everyones(own).sum(0)
+        for name, offset, numel in zip(bucket.names, layout.offsets, layout.numels, strict=True):
+            result[name] = worker[offset : offset + numel], server[offset : offset + numel]
+    return result
+
+
+CONFIGURATIONS = {
+    "defaults": lambda: DoubleSqueeze,
+    "1-bit": lambda: squeeze(OneBit(64)),
+    "1-bit l2 parameter": lambda: squeeze(OneBit(64, "l2", "parameter")),
+    "top-k": lambda: squeeze(TopK(0.05)),
+    "top-k fp16": lambda: squeeze(TopK(k=3, values="fp16")),
+    "dense": lambda: squeeze(NoCompression()),
+    "one-way": lambda: squeeze(OneBit(64), server_compressor=NoCompression()),
+    "mixed": lambda: squeeze(OneBit(96), server_compressor=TopK(0.2)),
+    "no compensation": lambda: squeeze(TopK(0.05), worker_error=False, server_error=False),
+    "the paper": lambda: squeeze(OneBit(64, scale="l2", granularity="bucket"), server=0, bucket_cap_mb=None),
+    "last rank serves": lambda: squeeze(TopK(0.1), server=hvd.size() - 1),
+}
+
+
+# ---- the exchange
+
+
+@check
+def replicas_are_identical_after_every_step():
+    for make in CONFIGURATIONS.values():
+        model = small_model(seed=hvd.rank())
+        optimizer = distributed(model, make(), options={"lr": 0.1, "momentum": 0.9})
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        for step in range(5):
+            train_step(model, optimizer, step)
+            assert_identical(model)
+
+
+def _add_to(total, gradient):
+    total += gradient.double()
+
+
+def law(make, op, steps=6):
+    """x_0 - x_T == lr * (sum_t mean_i g_i - mean_i e_i,T - E_T), parameter by parameter."""
+    lr = 0.25
+    model = small_model()
+    optimizer = distributed(model, make(), options={"lr": lr}, op=op)
+    start = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    total = {name: torch.zeros_like(value) for name, value in start.items()}
+    for name, p in model.named_parameters():
+        p.register_hook(partial(_add_to, total[name]))
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    errors = errors_in_gradient_order(optimizer)
+    for name, p in model.named_parameters():
+        gradients = everyones(total[name]).mean(0).view(-1)
+        worker, server = errors.get(name, (0.0, 0.0))
+        moved = (start[name] - p.detach().double()).view(-1) / lr
+        if op == hvd.Sum:  # the server error is in units of the sum
+            gradients, worker = gradients * hvd.size(), worker * hvd.size()
+        worst = (moved - (gradients - worker - server)).abs().max()
+        assert worst < 2e-5 * hvd.size(), f"{name}: off by {worst}"
+
+
+@check
+def conservation_law_of_an_average():
+    for name, make in CONFIGURATIONS.items():
+        if name != "no compensation":
+            law(make, hvd.Average)
+
+
+@check
+def conservation_law_of_a_sum():
+    for name in ("1-bit", "top-k", "the paper"):
+        law(CONFIGURATIONS[name], hvd.Sum)
+
+
+@check
+def dense_exchange_equals_stock():
+    for op in (hvd.Average, hvd.Sum):
+        results = []
+        for compression in (squeeze(NoCompression()), hvd.Compression.none):
+            model = small_model()
+            optimizer = distributed(model, compression, op=op)
+            for step in range(4):
+                train_step(model, optimizer, step)
+            results.append(flat(model.parameters()))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@check
+def bytes_handed_to_horovod_equal_the_formula():
+    handed = {"alltoall": 0, "allgather": 0}
+    originals = transport_module.hvd.alltoall_async, transport_module.hvd.allgather_async
+
+    def counting(kind, original):
+        def call(tensor, *args, **kwargs):
+            handed[kind] += tensor.numel() * tensor.element_size()
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    n, steps, block = hvd.size(), 3, 64
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(block), bucket_cap_mb=None))
+    transport_module.hvd.alltoall_async = counting("alltoall", originals[0])
+    transport_module.hvd.allgather_async = counting("allgather", originals[1])
+    try:
+        for step in range(steps):
+            train_step(model, optimizer, step)
+    finally:
+        transport_module.hvd.alltoall_async, transport_module.hvd.allgather_async = originals
+    blocks = sum(math.ceil(p.numel() / block) for p in model.parameters() if p.dim() > 1)
+    in_shard = math.ceil(blocks / n)
+    chunk = 16 * math.ceil((16 * math.ceil(4 * in_shard / 16) + in_shard * block / 8) / 16)
+    assert handed == {"alltoall": steps * n * chunk, "allgather": steps * chunk}, (handed, chunk)
+    stats = optimizer.double_squeeze.stats()
+    assert stats["steps"] == steps
+    assert stats["compressed_bytes_sent"] == stats["compressed_bytes_received"] == 2 * (n - 1) * chunk
+    dense = sum(p.numel() * 4 for p in model.parameters() if p.dim() == 1)
+    assert math.isclose(stats["dense_bytes_sent"], 2 * (n - 1) / n * dense)
+
+
+@check
+def a_single_server_bears_the_traffic():
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.1), server=0))
+    train_step(model, optimizer, 0)
+    chunk = sum(bucket.exchange.push_nbytes for bucket in optimizer._double_squeeze_session.buckets)
+    stats = optimizer.double_squeeze.stats()
+    expected = (hvd.size() - 1) * chunk if hvd.rank() == 0 else chunk
+    assert stats["compressed_bytes_sent"] == stats["compressed_bytes_received"] == expected, (stats, chunk)
+
+
+@check
+def every_bucket_leaves_before_the_step_ends():
+    """From the second step on, buckets are under way when backward returns: nothing waits for step()."""
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    train_step(model, optimizer, 0)
+    x, y = batch(1)
+    optimizer.zero_grad()
+    cross_entropy(model(x), y).backward()
+    session = optimizer._double_squeeze_session
+    assert len(session.buckets) > 1 and not session._arrived
+    optimizer.step()
+
+
+# ---- Horovod's ways
+
+
+@check
+def backward_passes_per_step():
+    results = []
+    for compression in (squeeze(NoCompression()), hvd.Compression.none):
+        model = small_model()
+        optimizer = distributed(model, compression, backward_passes_per_step=3)
+        for step in range(2):
+            optimizer.zero_grad()
+            for part in range(3):
+                x, y = batch(10 * step + part)
+                cross_entropy(model(x), y).backward()
+            optimizer.step()
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@check
+def step_before_all_backward_passes():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)), backward_passes_per_step=2)
+    for step in range(2):
+        train_step(model, optimizer, step)
+        assert_identical(model)
+
+
+@check
+def named_parameters_may_be_left_out():
+    model = small_model()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), compression=squeeze(TopK(0.1)))
+    for step in range(3):
+        train_step(model, optimizer, step)
+    assert_identical(model)
+    assert optimizer.double_squeeze.stats()["compressed_bytes_sent"] > 0
+
+
+@check
+def clipping_between_synchronize_and_step():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    for step in range(3):
+        before = flat(model.parameters())
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (100 * cross_entropy(model(x), y)).backward()
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        assert_identical(model)
+        moved = (flat(model.parameters()) - before).norm() / 0.1
+        assert moved < 1.001, f"clipping came too early: {moved}"
+
+
+class Branches(nn.Module):
+    """Each rank may take another way through, so that other parameters get no gradient, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(nn.Linear(33, 33) for _ in range(4))
+        self.unused = nn.Linear(33, 33)
+        self.head = nn.Linear(33, 7)
+
+    def forward(self, x, order):
+        for i in order:
+            x = torch.tanh(self.branches[i](x))
+        return self.head(x)
+
+
+@check
+def parameters_without_gradients_on_some_or_all_ranks():
+    results = []
+    for compression in (squeeze(NoCompression()), hvd.Compression.none, squeeze(OneBit(64)), squeeze(TopK(0.1))):
+        model = Branches()
+        optimizer = distributed(model, compression)
+        for step in range(5):
+            x, y = batch(step)
+            order = [(hvd.rank() + step + j) % 4 for j in range(1 + (hvd.rank() + step) % 3)]
+            optimizer.zero_grad()
+            cross_entropy(model(x, order), y).backward()
+            optimizer.step()
+            assert_identical(model)
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@check
+def two_optimizers_with_equal_names():
+    models = [small_model(seed) for seed in (0, 1)]
+    optimizers = [distributed(model, squeeze(OneBit(64))) for model in models]
+    for step in range(3):
+        x, y = batch(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(cross_entropy(model(x), y) for model in models).backward()
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+        for model in models:
+            assert_identical(model)
+
+
+@check
+def gradients_that_are_not_contiguous():
+    """Stock Horovod refuses them, so it gets the same model with contiguous ones."""
+    results = []
+    for compression, memory_format in (
+        (squeeze(NoCompression()), torch.channels_last), (hvd.Compression.none, torch.contiguous_format),
+        (squeeze(NoCompression(), min_numel=10**6), torch.channels_last), (squeeze(TopK(0.1)), torch.channels_last),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 7))
+        model = model.to(memory_format=memory_format)
+        optimizer = distributed(model, compression)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(100 * step + hvd.rank())
+            x = torch.randn(4, 3, 8, 8, generator=generator).to(memory_format=memory_format)
+            optimizer.zero_grad()
+            cross_entropy(model(x), torch.randint(0, 7, (4,), generator=generator)).backward()
+            assert any(not p.grad.is_contiguous() for p in model.parameters()) == (memory_format == torch.channels_last)
+            optimizer.step()
+            assert_identical(model)
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[2], results[1], rtol=1e-5, atol=1e-6)
+
+
+@check
+def stock_compressions_are_as_before():
+    for compression in (hvd.Compression.none, hvd.Compression.fp16):
+        model = small_model()
+        optimizer = distributed(model, compression)
+        assert not hasattr(optimizer, "double_squeeze") and optimizer._compression is compression
+        x, y = batch(0)
+        cross_entropy(model(x), y).backward()
+        optimizer.synchronize()
+        own = small_model()
+        cross_entropy(own(x), y).backward()
+        for (name, p), q in zip(model.named_parameters(), own.parameters(), strict=True):
+            expected = hvd.allreduce(q.grad, name=f"expected.{name}", compression=compression)
+            exact = compression is hvd.Compression.none  # Horovod fuses by timing, which decides the order of sums
+            torch.testing.assert_close(p.grad, expected, rtol=1e-5 if exact else 2e-3, atol=1e-7 if exact else 1e-5)
+
+
+@check
+def every_optimizer_class():
+    o = torch.optim
+    kinds = [
+        o.SGD, o.Adam, o.AdamW, o.Adagrad, o.Adadelta, o.RMSprop, o.ASGD, o.Adamax, o.NAdam, o.RAdam, o.Rprop, o.Adafactor,
+    ]  # fmt: skip
+    for kind in kinds:
+        results = []
+        for compression in (squeeze(NoCompression()), hvd.Compression.none):
+            model = small_model()
+            optimizer = distributed(model, compression, kind=kind, options={"lr": 1e-3})
+            hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+            for step in range(3):
+                train_step(model, optimizer, step)
+            assert isinstance(optimizer, kind)
+            results.append(flat(model.parameters()))
+        # Signs of tiny gradients decide some of these steps, so that rounding may show: it must not in the mean.
+        assert (results[0] - results[1]).abs().mean() < 1e-5, kind.__name__
+
+
+@check
+def sparse_gradients_stay_with_horovod():
+    results = []
+    for compression, as_dense in (
+        (squeeze(NoCompression()), False), (hvd.Compression.none, False), (squeeze(OneBit(64)), False),
+        (squeeze(OneBit(64)), True),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(50, 40, sparse=True), nn.Linear(40, 7)
+        model = nn.ModuleList([embedding, head])
+        optimizer = distributed(model, compression, sparse_as_dense=as_dense)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(10 * step + hvd.rank())
+            rows = torch.randint(0, 50, (16,), generator=generator)
+            optimizer.zero_grad()
+            cross_entropy(head(embedding(rows)), torch.randint(0, 7, (16,), generator=generator)).backward()
+            optimizer.step()
+            assert_identical(model)
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@check
+def half_and_bfloat16_models():
+    for dtype in (torch.float16, torch.bfloat16):
+        for make in (lambda: squeeze(OneBit(64)), lambda: squeeze(TopK(0.1)), lambda: squeeze(NoCompression())):
+            model = small_model(dtype=dtype)
+            optimizer = distributed(model, make())
+            for step in range(3):
+                train_step(model, optimizer, step, dtype)
+                assert all(p.grad.dtype == dtype for p in model.parameters())
+                assert_identical(model)
+
+
+@check
+def only_small_parameters():
+    model = nn.Linear(33, 7)
+    optimizer = distributed(model, DoubleSqueeze)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    for step in range(2):
+        train_step(model, optimizer, step)
+        assert_identical(model)
+    assert optimizer.double_squeeze.stats()["compression_ratio"] == 1.0
+
+
+@check
+def gradient_predivide_factor():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)), gradient_predivide_factor=2.0)
+    train_step(model, optimizer, 0)
+    assert_identical(model)
+
+
+@check
+def load_state_dict_in_mid_step():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    for step in range(2):
+        train_step(model, optimizer, step)
+    x, y = batch(9)
+    cross_entropy(model(x), y).backward()  # under way, and then forgotten
+    optimizer.load_state_dict(optimizer.state_dict())
+    for step in range(2, 4):
+        train_step(model, optimizer, step)
+        assert_identical(model)
+
+
+@check
+def checkpoints_resume_exactly():
+    def matrices():  # no biases: those are summed by Horovod, in an order that varies with its timing
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(33, 65, bias=False), nn.Tanh(), nn.Linear(65, 7, bias=False))
+
+    for make in (lambda: squeeze(OneBit(64)), lambda: squeeze(TopK(0.1), server=0)):
+        model = matrices()
+        optimizer = distributed(model, make())
+        for step in range(3):
+            train_step(model, optimizer, step)
+        with tempfile.TemporaryFile() as file:
+            torch.save((model.state_dict(), optimizer.double_squeeze.state_dict()), file)
+            for step in range(3, 6):
+                train_step(model, optimizer, step)
+            file.seek(0)
+            weights, errors = torch.load(file, weights_only=True)
+        again = matrices()
+        again.load_state_dict(weights)
+        resumed = distributed(again, make())
+        resumed.double_squeeze.load_state_dict(errors)
+        for step in range(3, 6):
+            train_step(again, resumed, step)
+        assert torch.equal(flat(model.parameters()), flat(again.parameters()))
+
+
+# ---- allreduce outside an optimizer
+
+
+@check
+def eager_allreduce_compensates_by_name():
+    generator = torch.Generator().manual_seed(hvd.rank())
+    value = torch.randn(5, 31, generator=generator)
+    mean = hvd.allreduce(value, name="uncompressed")
+    for op, factor in ((hvd.Average, 1), (hvd.Sum, hvd.size())):
+        own = DoubleSqueeze(TopK(0.1))
+        total = torch.zeros_like(value)
+        for _ in range(200):
+            result = ds_horovod.allreduce(value, name=f"value.{factor}", op=op, compression=own)
+            assert result.shape == value.shape
+            total += result
+        assert_identical(nn.ParameterList([nn.Parameter(total)]))
+        torch.testing.assert_close(total / 200, mean * factor, rtol=0.0, atol=0.15 * factor)
+        assert own.stats()["steps"] == 200
+    with raises(ValueError, "'value.1'", "(5, 31)", "(7,)"):
+        ds_horovod.allreduce(torch.zeros(7), name="value.1", compression=_used("value.1"))
+    with raises(ValueError, "name"):
+        ds_horovod.allreduce(value, name="")
+    with raises(ValueError, "int64"):
+        ds_horovod.allreduce(torch.arange(3), name="integers")
+    with raises(ValueError, "op", "Average"):
+        ds_horovod.allreduce(value, name="op", op=hvd.Min)
+
+
+def _used(name):
+    instance = DoubleSqueeze(TopK(0.1))
+    ds_horovod.allreduce(torch.zeros(5, 31), name=name, compression=instance)
+    return instance
+
+
+@check
+def eager_state_survives_a_restart():
+    value = torch.randn(100, generator=torch.Generator().manual_seed(hvd.rank()))
+    first = DoubleSqueeze(OneBit(32))
+    for _ in range(3):
+        ds_horovod.allreduce(value, name="restart", compression=first)
+    state = {**first.state_dict(), "buckets": [{**b, "worker_error": b["worker_error"].clone(),
+             "server_error": b["server_error"].clone()} for b in first.state_dict()["buckets"]]}  # fmt: skip
+    expected = ds_horovod.allreduce(value, name="restart", compression=first)
+    second = DoubleSqueeze(OneBit(32))
+    second.load_state_dict(state)
+    assert torch.equal(ds_horovod.allreduce(value, name="restart", compression=second), expected)
+
+
+@check
+def horovods_allreduce_names_the_right_call():
+    for compression in (DoubleSqueeze, DoubleSqueeze()):
+        with raises(TypeError, "ds_horovod.allreduce"):
+            hvd.allreduce(torch.zeros(3), name="wrong", compression=compression)
+
+
+# ---- bad input
+
+
+@check
+def refusals_at_bind():
+    model = small_model()
+    with raises(ValueError, "groups", "2"):
+        distributed(model, DoubleSqueeze, groups=2)
+    with raises(ValueError, "Adasum"):
+        distributed(model, DoubleSqueeze, op=hvd.Adasum)
+    with raises(ValueError, f"from 0 to {hvd.size() - 1}", "got 99"):
+        distributed(model, DoubleSqueeze(server=99))
+    with raises(ValueError, "complex64"):
+        distributed(nn.Linear(33, 7, dtype=torch.complex64), DoubleSqueeze)
+    shared = DoubleSqueeze()
+    distributed(model, shared)
+    with raises(ValueError, "in use already"):
+        distributed(model, shared)
+    with raises(ValueError, "belongs to an optimizer"):
+        ds_horovod.allreduce(torch.zeros(3), name="shared", compression=shared)
+
+
+@check
+def ranks_that_disagree_are_told_what_differs():
+    last = hvd.rank() == hvd.size() - 1
+    rank = f"rank {hvd.size() - 1}"
+    for ours, theirs, parts in (
+        (squeeze(OneBit(64)), squeeze(TopK(0.1)), ["compressor", "OneBit", "TopK(ratio=0.1", rank]),
+        (squeeze(OneBit(64)), squeeze(OneBit(96)), ["compressor", "block=64", "block=96", rank]),
+        (squeeze(), squeeze(server=0), ["server: None on rank 0, 0 on", rank]),
+        (squeeze(), squeeze(worker_error=False), ["worker_error: True on rank 0, False on", rank]),
+        (squeeze(), squeeze(min_numel=65), ["min_numel: 64 on rank 0, 65 on", rank]),
+    ):
+        model = small_model()
+        optimizer = distributed(model, theirs if last else ours)
+        with raises(ValueError, "do not agree", *parts):
+            train_step(model, optimizer, 0)
+    model = nn.Sequential(nn.Linear(33, 64 + last), nn.Linear(64 + last, 7))
+    optimizer = distributed(model, squeeze())
+    with raises(ValueError, "parameters[0]", "(64, 33)", "(65, 33)", rank):
+        train_step(model, optimizer, 0)
+
+
+@check
+def a_gradient_that_is_not_finite():
+    for make in (lambda: squeeze(OneBit(64)), lambda: squeeze(TopK(0.1)), lambda: squeeze(NoCompression())):
+        for bad in (math.nan, math.inf):
+            model = small_model()
+            optimizer = distributed(model, make())
+            for step in range(2):
+                train_step(model, optimizer, step)
+            optimizer.zero_grad()
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            if hvd.rank() == hvd.size() - 1:
+                model[0].weight.grad[3, 5] = bad
+            optimizer.synchronize()
+            assert not model[0].weight.grad[3, 5].isfinite()
+            assert all(p.grad.isfinite().all() for p in model[2].parameters())
+            for name, (worker, server) in errors_in_gradient_order(optimizer).items():
+                assert worker.isfinite().all() and server.isfinite().all(), name
+            optimizer.zero_grad()
+            train_step(model, optimizer, 3)
+            assert all(p.isfinite().all() for p in model.parameters())
+            assert_identical(model)
+
+
+@check
+def sparse_after_dense_is_refused():
+    torch.manual_seed(0)
+    table = nn.Parameter(torch.randn(50, 40))
+    model = nn.ParameterList([table])
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    (table * table).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with raises(ValueError, "has become sparse"):
+        torch.nn.functional.embedding(torch.tensor([1, 2]), table, sparse=True).sum().backward()
+
+
+def main():
+    hvd.init()
+    torch.set_num_threads(1)
+    results = {}
+    for function in CHECKS:
+        try:
+            function()
+            results[function.__name__] = ""
+        except Exception:
+            results[function.__name__] = traceback.format_exc()
+        with open(f"{sys.argv[1]}.{hvd.rank()}", "w") as file:
+            json.dump(results, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -226,7 +226,7 @@ class DoubleSqueeze:
         if self._size >= 0:
             expected |= {"world size": self._size, "rank": self._rank}
         for label, value in expected.items():
-            found = state["size" if label == "world size" else label]
+            found = state.get("size" if label == "world size" else label)
             if found != value:
                 raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
         session = self._optimizer_session

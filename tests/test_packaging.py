@@ -1,0 +1,41 @@
+"""A wheel and a source release hold what they need, and building them needs neither torch nor Horovod."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from horovod_jobs import ROOT
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    """The names in a source release, and in the wheel that is built from it, with the wheel's metadata."""
+    out = tmp_path_factory.mktemp("releases")
+    result = subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    with tarfile.open(next(out.glob("*.tar.gz"))) as source:
+        source_names = {name.partition("/")[2] for name in source.getnames()}
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    return source_names, names, metadata
+
+
+def tracked(*patterns):
+    return set(subprocess.check_output(["git", "ls-files", *patterns], cwd=ROOT, text=True).split())
+
+
+def test_source_release_is_complete(releases):
+    expected = tracked("ds_horovod", "csrc", "tests", "benchmarks", "docs", "scripts", "Makefile", "README.md", "setup.py")
+    assert expected and not expected - releases[0]
+
+
+def test_wheel_holds_the_package_and_its_kernels(releases):
+    _, names, metadata = releases
+    assert not tracked("ds_horovod") - names
+    assert any(name.startswith("ds_horovod/_cpu.") and name.endswith(".so") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} <= {"ds_horovod", "ds_horovod.egg"}
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.1", "Requires-Dist: numpy"]

@@ -102,6 +102,9 @@ class Exchange(Generic[Handle]):
         self.shard = None if self.transport.serves is None else self.layout.shard(self.transport.serves)
         self.push_nbytes = self.options.compressor.chunk_nbytes(self.layout)
         self.reply_nbytes = self.options.server_compressor.chunk_nbytes(self.layout)
+        # Buffers of flights that have landed, for the next: freed and allocated anew, they would fragment the heap.
+        self.spare_payloads: list[Tensor] = []
+        self.spare_replies: list[Tensor] = []
 
     def begin(self, gradients: Sequence[Tensor]) -> Flight[Handle]:
         """The worker pass, and off with the payload.
@@ -112,6 +115,10 @@ class Exchange(Generic[Handle]):
             Contiguous tensors, in the order of the layout. They are read now and written when the flight lands.
         """
         return Flight(self, gradients)
+
+
+def _zeros(spare: list[Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return spare.pop().zero_() if spare else torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 class Flight(Generic[Handle]):
@@ -125,7 +132,8 @@ class Flight(Generic[Handle]):
         start = time.perf_counter()
         shards = exchange.layout.shards
         # Kept until the reply is there: see _undo.
-        self._payload = torch.zeros(shards, exchange.push_nbytes, dtype=torch.uint8, device=exchange.device)
+        self._payload = _zeros(exchange.spare_payloads, (shards, exchange.push_nbytes), exchange.device)
+        self._reply: Tensor | None = None
         exchange.options.compressor.encode(exchange.layout, gradients, exchange.worker_error, self._payload)
         exchange.totals.worker_pass_seconds += time.perf_counter() - start
         self._handle = exchange.transport.push(self._payload, exchange.name + ".push")
@@ -158,18 +166,17 @@ class Flight(Generic[Handle]):
 
     def _serve(self, pushed: Tensor) -> None:
         exchange, others = self._exchange, self._exchange.transport.size - 1
-        reply = None
         if exchange.shard is not None:
             start = time.perf_counter()
             options = exchange.options
-            reply = torch.zeros(exchange.reply_nbytes, dtype=torch.uint8, device=exchange.device)
+            self._reply = _zeros(exchange.spare_replies, (exchange.reply_nbytes,), exchange.device)
             options.server_compressor.serve(
-                exchange.shard, pushed, options.compressor, options.weight, exchange.server_error, reply
+                exchange.shard, pushed, options.compressor, options.weight, exchange.server_error, self._reply
             )
             exchange.totals.server_pass_seconds += time.perf_counter() - start
             exchange.totals.bytes_received += others * exchange.push_nbytes
             exchange.totals.bytes_sent += others * exchange.reply_nbytes
-        self._handle = exchange.transport.pull(reply, exchange.reply_nbytes, exchange.name + ".pull")
+        self._handle = exchange.transport.pull(self._reply, exchange.reply_nbytes, exchange.name + ".pull")
 
     def _land(self, replies: Tensor) -> None:
         exchange = self._exchange
@@ -183,7 +190,9 @@ class Flight(Generic[Handle]):
         own = exchange.transport.serves is not None
         exchange.totals.bytes_received += (exchange.layout.shards - own) * exchange.reply_nbytes
         self._gradients = None
-        del self._payload
+        exchange.spare_payloads.append(self._payload)
+        if self._reply is not None:
+            exchange.spare_replies.append(self._reply)
         self.landed = True
 
     def _undo(self, replies: Tensor, worker_error: Tensor) -> None:

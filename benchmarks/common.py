@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -40,7 +41,7 @@ def ring_bytes(model: nn.Module) -> float:
 
 
 def bytes_sent(method: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Bytes that this rank has sent per step: counted for DoubleSqueeze, by the formula of `ring_bytes` otherwise."""
+    """Bytes that this rank has sent per step: counted for DoubleSqueeze, else by `ring_bytes`, also for Adasum."""
     if method == "noop":
         return 0.0
     if not hasattr(optimizer, "double_squeeze"):
@@ -107,24 +108,40 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-# ---- types and checks for argparse
+# ---- for argparse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def positive(kind: type[Number]) -> Callable[[str], Number]:
-    """For ``type=``: a number over zero."""
+    """For ``type=``: a finite number over zero."""
 
     def parse(text: str) -> Number:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be over 0, got {text}")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be over 0 and finite, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it in errors: "invalid int value"
+    parse.__name__ = kind.__name__  # argparse names it: "invalid int value"
     return parse
 
 
+def count(text: str) -> int:
+    """For ``type=``: a whole number, zero or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
 def share(text: str) -> float:
-    """For ``type=``: over zero, at most one."""
+    """For ``type=``: a number over zero, at most one."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be over 0 and at most 1, got {text}")

@@ -15,7 +15,18 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import bytes_sent, compression, method_list, new_file, positive, reduction, table, use_threads, write_json
+from common import (
+    HelpFormatter,
+    bytes_sent,
+    compression,
+    method_list,
+    new_file,
+    positive,
+    reduction,
+    table,
+    use_threads,
+    write_json,
+)
 from models import digits_classifier
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -32,14 +43,14 @@ def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(
         description="Trains a classifier of handwritten digits with each method, and compares.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--methods", nargs="+", default=["none", "onebit", "topk"], metavar="METHOD", help=f"any of {', '.join(METHODS)}"
     )
     parser.add_argument("--epochs", type=positive(int), default=30, help="passes over the training data")
     parser.add_argument("--batch-size", type=positive(int), default=16, help="samples of one rank in a step")
-    parser.add_argument("--lr", type=positive(float), default=0.02, help="learning rate for one rank, times the ranks")
+    parser.add_argument("--lr", type=positive(float), default=0.005, help="learning rate for one rank, times the ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the data")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to FILE too")
     args = parser.parse_args()

@@ -18,6 +18,7 @@ def save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:
         "parameters": list(bucket.names),
         "numels": list(layout.numels),
         "offsets": list(layout.offsets),
+        "weight": bucket.exchange.options.weight,
         **{key: getattr(bucket.exchange, key) for key in _ERRORS},
     }
 
@@ -34,8 +35,8 @@ def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[An
         raise _another_layout(f"{len(saved)} buckets, here {len(buckets)}")
     own = [save_bucket(bucket) for bucket in buckets]
     for b, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-        for key in ("parameters", "numels", "offsets"):
-            if list(theirs[key]) != ours[key]:
+        for key in ("parameters", "numels", "offsets", "weight"):
+            if theirs[key] != ours[key]:
                 raise _another_layout(f"bucket {b} has {key} {theirs[key]}, here {ours[key]}")
         for key in _ERRORS:
             shapes = [None if state[key] is None else tuple(state[key].shape) for state in (theirs, ours)]

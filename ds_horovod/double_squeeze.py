@@ -86,7 +86,7 @@ class DoubleSqueeze:
         self.min_numel = min_numel
         self._optimizer_session: Session[Any] | None = None
         self._tensor_sessions: dict[str, Session[Any]] = {}
-        self._saved_tensors: dict[str, Mapping[str, Any]] = {}  # loaded before the tensor was first seen
+        self._loaded: Mapping[str, Any] | None = None  # for what is not in use yet
         self._size = self._rank = -1  # not in use yet
 
     def __repr__(self) -> str:
@@ -137,6 +137,8 @@ class DoubleSqueeze:
         if transport.size > 1:
             trained = [(label, p) for label, p in parameters if p.requires_grad]
             self._optimizer_session = Session(name, trained, options, selection, transport)
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
         return self._optimizer_session
 
     def tensor_session(
@@ -157,9 +159,10 @@ class DoubleSqueeze:
             self._size, self._rank = transport.size, transport.rank
             stand_in = torch.empty_like(tensor)
             session = Session(f"{prefix}.{name}", [(name, stand_in)], options, Selection(1, None, min_dim=0), transport)
-            if name in self._saved_tensors:
-                load_buckets([self._saved_tensors[name]], session.buckets)
-                del self._saved_tensors[name]
+            if self._loaded is not None:
+                self._require_same_place(self._loaded)
+                saved = [b for b in self._loaded["buckets"] if b["parameters"] == [name]]
+                load_buckets(saved, session.buckets if saved else [])
             self._tensor_sessions[name] = session
         ((_, stand_in),) = session.parameters
         if (tensor.shape, tensor.dtype, options) != (stand_in.shape, stand_in.dtype, session.options):
@@ -214,7 +217,8 @@ class DoubleSqueeze:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the errors of `state_dict` back, exactly.
 
-        To be called after ``hvd.DistributedOptimizer``; of an instance for `allreduce`, at any time.
+        Of an instance that is not in use yet, and of tensors that `allreduce` has not seen yet: at their first use, which
+        then raises what is said here.
 
         Raises
         ------
@@ -222,6 +226,21 @@ class DoubleSqueeze:
             The state is of another format, world size, rank or layout: which one, and what was expected. Nothing has
             changed then.
         """
+        self._require_same_place(state)
+        session = self._optimizer_session
+        if session is not None:
+            sparse = set(state["sparse"])
+            buckets = session.buckets if session.started or sparse == session.sparse else session.fill(sparse)
+            load_buckets(state["buckets"], buckets)
+            session.adopt(sparse, buckets, hold_errors=True)
+        else:
+            if self._tensor_sessions and any(len(b["parameters"]) > 1 for b in state["buckets"]):
+                raise ValueError("DoubleSqueeze: the state is of an optimizer, this instance is used by allreduce")
+            known = [b for b in state["buckets"] if b["parameters"][0] in self._tensor_sessions]
+            load_buckets(known, [self._tensor_sessions[b["parameters"][0]].buckets[0] for b in known])
+            self._loaded = state
+
+    def _require_same_place(self, state: Mapping[str, Any]) -> None:
         expected = {"format": FORMAT, "server": self.server}
         if self._size >= 0:
             expected |= {"world size": self._size, "rank": self._rank}
@@ -229,23 +248,3 @@ class DoubleSqueeze:
             found = state.get("size" if label == "world size" else label)
             if found != value:
                 raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
-        session = self._optimizer_session
-        if session is None:
-            self._load_tensors(state["buckets"])
-            return
-        before = session.sparse
-        if not session.started:
-            session.set_sparse(set(state["sparse"]))
-        try:
-            load_buckets(state["buckets"], session.buckets)
-        except ValueError:
-            session.set_sparse(before)
-            raise
-
-    def _load_tensors(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        for bucket in saved:
-            (name,) = bucket["parameters"]
-            if name in self._tensor_sessions:
-                load_buckets([bucket], self._tensor_sessions[name].buckets)
-            else:
-                self._saved_tensors[name] = bucket

@@ -183,7 +183,7 @@ class Flight(Generic[Handle]):
         start = time.perf_counter()
         if self._gradients is not None:
             compressor = exchange.options.server_compressor
-            if exchange.worker_error is not None and not compressor.is_finite(exchange.layout, replies):
+            if exchange.worker_error is not None and not compressor.is_within(exchange.layout, replies):
                 self._undo(replies, exchange.worker_error)
             compressor.decode(exchange.layout, replies, self._gradients)
         exchange.totals.decode_seconds += time.perf_counter() - start

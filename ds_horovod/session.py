@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
@@ -114,42 +114,42 @@ class Session(Generic[Handle]):
         self.dense_bytes = 0
         """Bytes of gradients that have stayed with Horovod's own allreduce."""
         self.started = False
-        self.sparse: set[str] = set()
         self._names = {p: n for n, p in self.parameters}
         self._gradients_met = 0
         self._arrived: set[Tensor] = set()  # and not yet under way
         self._journeys: list[_Journey[Handle]] = []
-        self._fill()
+        self.adopt(frozenset(), self.fill(frozenset()))
 
-    def _fill(self) -> None:
-        """Makes the buckets anew, with errors of zero."""
-        chosen = [(n, p) for n, p in self.parameters if n not in self.sparse and self.selection.takes(p)]
+    def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
+        """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
+        chosen = [(n, p) for n, p in self.parameters if n not in sparse and self.selection.takes(p)]
         cap = self.selection.bucket_cap_mb
-        buckets = fill_buckets(
+        filled = fill_buckets(
             [p.numel() * p.element_size() for _, p in chosen],
             [(p.dtype, p.device) for _, p in chosen],
             None if cap is None else cap * 2**20,
         )
         block = math.lcm(self.options.compressor.block, self.options.server_compressor.block)
-        self.buckets: list[Bucket[Handle]] = []
-        for b, members in enumerate(buckets):
-            parameters = [chosen[i][1] for i in members]
+        buckets = []
+        for b, members in enumerate(filled):
+            names, parameters = [chosen[i][0] for i in members], [chosen[i][1] for i in members]
             layout = pack([p.numel() for p in parameters], block, self.transport.shards)
             exchange = Exchange(
                 f"{self.name}.bucket{b}", layout, self.options, self.transport, parameters[0].device, self.totals
             )
-            self.buckets.append(Bucket([chosen[i][0] for i in members], parameters, exchange))
-        self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+            buckets.append(Bucket(names, parameters, exchange))
+        return buckets
+
+    def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
+        """Goes on with the buckets that `fill` made, which may hold errors already."""
+        self._hold_errors = hold_errors
+        self.sparse = frozenset(sparse)
+        self.buckets = buckets
+        self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
 
     def covers(self, p: Tensor) -> bool:
         """Whether the gradient of a parameter goes through the exchange."""
         return p in self._bucket_of
-
-    def set_sparse(self, names: set[str]) -> None:
-        """Leaves parameters with sparse gradients out."""
-        if names != self.sparse:
-            self.sparse = names
-            self._fill()
 
     def meet(self, p: Tensor) -> bool:
         """Is told of each gradient, once a step. Returns whether it goes through the exchange.
@@ -163,12 +163,13 @@ class Session(Generic[Handle]):
         gradient = p.grad
         assert gradient is not None
         if gradient.is_sparse and self.covers(p):
-            if self.started:
+            if self._hold_errors:
                 raise ValueError(
                     f"DoubleSqueeze: the gradient of {self._names[p]} has become sparse after steps with dense gradients; "
                     "a parameter must have one or the other"
                 )
-            self.set_sparse(self.sparse | {self._names[p]})
+            sparse = self.sparse | {self._names[p]}
+            self.adopt(sparse, self.fill(sparse))
         if self.covers(p):
             return True
         if gradient.is_sparse:
@@ -184,14 +185,22 @@ class Session(Generic[Handle]):
             bucket.missing -= 1
             if not bucket.missing:
                 self._launch(bucket)
-            self._poll()
+            self.poll()
+
+    def poll(self) -> None:
+        """Does what can be done without waiting."""
+        for journey in self._journeys:
+            if journey.flight.poll():
+                for gradient, copy in journey.copies:
+                    gradient.copy_(copy)
+        self._journeys = [journey for journey in self._journeys if not journey.flight.landed]
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.start()
         try:
             while self._journeys:
-                self._poll()
+                self.poll()
                 if self._journeys:
                     time.sleep(_NAP_SECONDS)
                     self.totals.wait_seconds += _NAP_SECONDS
@@ -215,7 +224,7 @@ class Session(Generic[Handle]):
         if self.started:
             return
         require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
-        self.started = True
+        self.started = self._hold_errors = True
         for p in [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]:
             self.ready(p)
 
@@ -292,10 +301,3 @@ class Session(Generic[Handle]):
         self._journeys.append(_Journey(bucket.exchange.begin(travelling), copies))
         self._arrived.difference_update(bucket.parameters)
         bucket.missing = len(bucket.parameters)
-
-    def _poll(self) -> None:
-        for journey in self._journeys:
-            if journey.flight.poll():
-                for gradient, copy in journey.copies:
-                    gradient.copy_(copy)
-        self._journeys = [journey for journey in self._journeys if not journey.flight.landed]

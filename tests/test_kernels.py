@@ -1,5 +1,6 @@
 """The native kernels equal the oracle in plain torch bit for bit, whatever the instruction set and the threads."""
 
+import contextlib
 import itertools
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 from support import assert_same_bits, generator, spread
 
 from ds_horovod import OneBit, TopK, _cpu, kernels
+from ds_horovod.compressors.top_k import _format as _top_k_format
 from ds_horovod.kernels import cpu, reference
 from ds_horovod.layout import pack
 
@@ -19,7 +21,7 @@ TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in ("fp32", "fp16"
 CODECS = ONE_BIT + TOP_K
 
 SIZES = [[1], [7], [8], [9], [31], [2047], [2048], [2049], [65535], [65537], [5, 100, 3000], [70000, 1, 33, 200000]]
-MILLION = 1_000_003  # more than a thread's share, and more than the samples of top-k can cover
+MILLION = 1_100_003  # more than a thread's share, and large enough to be written past the caches
 
 
 def mostly_zeros(numel, dtype, g):
@@ -51,11 +53,20 @@ CONTENTS = {
 }
 
 
+@contextlib.contextmanager
+def on(name):
+    """Inside, kernels run on an instruction set."""
+    _cpu.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        _cpu.use_instruction_set(_cpu.instruction_sets()[0])
+
+
 @pytest.fixture(params=_cpu.instruction_sets())
 def instruction_set(request):
-    _cpu.use_instruction_set(request.param)
-    yield
-    _cpu.use_instruction_set(_cpu.instruction_sets()[0])
+    with on(request.param):
+        yield
 
 
 @pytest.fixture
@@ -86,11 +97,13 @@ def passes(codec, layout, gradients, error, dtype):
 
 
 def check_passes(codec, layout, gradients, error, dtype, what):
-    native = passes(codec, layout, gradients, error, dtype)
     with oracle():
         expected = passes(codec, layout, gradients, error, dtype)
-    for name, values in expected.items():
-        assert_same_bits(native[name], values, f"{name} ({what}):")
+    for instruction_set in _cpu.instruction_sets():
+        with on(instruction_set):
+            native = passes(codec, layout, gradients, error, dtype)
+        for name, values in expected.items():
+            assert_same_bits(native[name], values, f"{name} ({what}, {instruction_set}):")
 
 
 def make(content, sizes, dtype, seed=0):
@@ -100,8 +113,10 @@ def make(content, sizes, dtype, seed=0):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_sizes(codec, sizes, instruction_set):
-    for dtype, shards in itertools.product(DTYPES, (1, 3)):  # a small tensor leaves two of three shards empty
+def test_sizes(codec, sizes):
+    small = sum(sizes) < 10000
+    cases = itertools.product(DTYPES, (1, 3)) if small else [(torch.float32, 3), (torch.bfloat16, 1)]
+    for dtype, shards in cases:  # a small tensor leaves two of three shards without elements
         layout = pack(sizes, codec.block, shards)
         error = spread(layout, make("normal", sizes, torch.float32, seed=1))
         check_passes(codec, layout, make("normal", sizes, dtype), error, dtype, f"{dtype}, {shards} shards")
@@ -109,7 +124,7 @@ def test_sizes(codec, sizes, instruction_set):
 
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_contents(codec, content, instruction_set):
+def test_contents(codec, content):
     sizes = [5, 100, 3000]
     for dtype, shards in itertools.product(DTYPES, (1, 3)):
         layout = pack(sizes, codec.block, shards)
@@ -121,10 +136,29 @@ def test_contents(codec, content, instruction_set):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_a_million(codec, instruction_set):
+def test_a_million(codec):
     layout = pack([MILLION], codec.block, 1)
     error = spread(layout, make("normal", [MILLION], torch.float32, seed=1))
     check_passes(codec, layout, make("heavy tails", [MILLION], torch.float32), error, torch.float32, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", [OneBit(), OneBit(32, granularity="bucket"), TopK(0.01)], ids=str)
+def test_memory_that_is_not_aligned(codec, dtype, instruction_set):
+    layout = pack([MILLION], codec.block, 1)
+    gradient = make("normal", [MILLION], dtype)[0]
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [gradient], None, payload)
+    decoded = torch.empty_like(gradient)
+    codec.decode(layout, payload, [decoded])
+
+    shifted, into = torch.empty(MILLION + 1, dtype=dtype)[1:], torch.empty(MILLION + 1, dtype=dtype)[1:]
+    shifted.copy_(gradient)
+    again = torch.zeros_like(payload)
+    codec.encode(layout, [shifted], None, again)
+    codec.decode(layout, again, [into])
+    assert_same_bits(again, payload)
+    assert_same_bits(into, decoded)
 
 
 def at_the_samples(numel):
@@ -158,9 +192,9 @@ def all_alike(v):
     v[:] = 0.25
 
 
-@pytest.mark.parametrize("codec", TOP_K, ids=str)
+@pytest.mark.parametrize("codec", [TopK(0.01), TopK(0.01, values="fp16"), TopK(0.3), TopK(k=3)], ids=str)
 @pytest.mark.parametrize("spoil", [guess_too_high, guess_too_low, few_heavy_in_clusters, few_not_zero, all_alike])
-def test_top_k_when_the_guessed_threshold_fails(codec, spoil, instruction_set, use_threads):
+def test_top_k_when_the_guessed_threshold_fails(codec, spoil, use_threads):
     numel = 1 << 20
     v = torch.randn(numel, generator=generator(0))
     spoil(v)
@@ -175,7 +209,7 @@ def test_top_k_when_the_guessed_threshold_fails(codec, spoil, instruction_set, u
 @pytest.mark.parametrize("error_kept", [True, False], ids=["error", "no error"])
 @pytest.mark.parametrize("content", ["normal", "ties", "not finite"])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_serve(codec, content, error_kept, instruction_set):
+def test_serve(codec, content, error_kept):
     sizes = [5, 100, 3000]
     layout = pack(sizes, codec.block, 2)
     for workers, weight in ((1, 1.0), (3, 1 / 3), (5, 1.0)):
@@ -185,20 +219,18 @@ def test_serve(codec, content, error_kept, instruction_set):
             codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), None, payload)
         for shard in (0, 1):
             arrived, alone = pushed[:, shard].contiguous(), layout.shard(shard)
+            rests = [torch.randn(numel, generator=generator(9)) for numel in alone.numels]
             results = []
-            for context in (mock.MagicMock(), oracle()):
+            for context in (oracle(), *map(on, _cpu.instruction_sets())):
+                error = spread(alone, rests) if error_kept else None
+                reply = torch.zeros(codec.chunk_nbytes(alone), dtype=torch.uint8)
                 with context:
-                    error = torch.zeros(alone.numel) if error_kept else None
-                    for piece in layout.pieces[shard] if error_kept else ():
-                        rest = torch.randn(piece.numel, generator=generator(9))
-                        error[piece.offset : piece.offset + piece.numel] = rest
-                    reply = torch.zeros(codec.chunk_nbytes(alone), dtype=torch.uint8)
                     codec.serve(alone, arrived, codec, weight, error, reply)
-                    results.append((reply, error))
-            (reply, error), (expected_reply, expected_error) = results
-            assert_same_bits(reply, expected_reply, f"reply ({workers} workers, shard {shard}):")
-            if error_kept:
-                assert_same_bits(error, expected_error, f"error ({workers} workers, shard {shard}):")
+                results.append((reply, error))
+            for reply, error in results[1:]:
+                assert_same_bits(reply, results[0][0], f"reply ({workers} workers, shard {shard}):")
+                if error_kept:
+                    assert_same_bits(error, results[0][1], f"error ({workers} workers, shard {shard}):")
 
 
 @pytest.mark.parametrize("codec", [*ONE_BIT, TopK(0.01), TopK(0.3, values="fp16"), TopK(k=3)], ids=str)
@@ -219,14 +251,14 @@ def test_threads_make_no_difference(codec, content, instruction_set, use_threads
 
 
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 4095, 4096, 4097, 10000])
-def test_all_finite(numel, instruction_set):
-    values = torch.randn(numel, generator=generator(0)) * 1e38
-    assert cpu.all_finite(values) and reference.all_finite(values)
+def test_all_within(numel, instruction_set):
+    values = torch.rand(numel, generator=generator(0)) * 3e38
+    assert cpu.all_within(values) and reference.all_within(values)
     for at in {0, numel // 2, numel - 1} if numel else ():
         for odd in (torch.nan, torch.inf, -torch.inf):
             spoiled = values.clone()
             spoiled[at] = odd
-            assert not cpu.all_finite(spoiled) and not reference.all_finite(spoiled)
+            assert not cpu.all_within(spoiled) and not reference.all_within(spoiled)
 
 
 # ---- against what is neither of the two
@@ -267,3 +299,27 @@ def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
     regions = [region.double() for region in v.split(length)]
     means = [float(r.abs().mean() if codec.scale == "l1" else r.square().mean().sqrt()) for r in regions]
     assert written[: 4 * scales].view(np.float32) == pytest.approx(means, rel=1e-6)
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_set):
+    """The whole shard becomes NaN, the errors of such values stay, and finite values wait in the error."""
+    codec, layout = TopK(k=3, values=values), pack([100, 70], 32, 2)
+    gradients = [torch.ones(100), torch.ones(70)]
+    gradients[0][10:14] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
+    results = []
+    for module in (cpu, reference):
+        error = torch.arange(float(layout.numel))
+        payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
+        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, error, payload)
+        decoded = [torch.zeros(100), torch.zeros(70)]
+        module.top_k_decode(_top_k_format(codec, layout), layout, payload, decoded)
+        assert not codec.is_within(layout, payload)
+        results.append((payload, error, *decoded))
+    for native, expected in zip(*results, strict=True):
+        assert_same_bits(native, expected)
+    _, error, first, second = results[0]
+    assert first[: layout.shard_numel].isnan().all()
+    assert (second != 0).sum() + (first[layout.shard_numel :] != 0).sum() == 3
+    assert torch.equal(error[10:14], torch.arange(10.0, 14.0))
+    assert torch.equal(error[:10], torch.arange(1.0, 11.0))

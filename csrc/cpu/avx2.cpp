@@ -25,7 +25,7 @@
 #include "top_k.inl"
 
 const Kernels avx2_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
-                            top_k_encode,   top_k_decode,   top_k_accumulate, all_finite};
+                            top_k_encode,   top_k_decode,   top_k_accumulate, all_within};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

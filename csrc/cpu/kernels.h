@@ -45,7 +45,7 @@ struct Kernels {
     void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, float* error, uint8_t* chunks, int threads);
     void (*top_k_decode)(const TopK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
     void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum);
-    bool (*all_finite)(const float* values, int64_t count);
+    bool (*all_within)(const float* values, int64_t count, float limit);
 };
 
 extern const Kernels avx2_kernels, portable_kernels;

@@ -199,8 +199,8 @@ PYBIND11_MODULE(_cpu, m) {
         kernels->top_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum));
     });
 
-    m.def("all_finite", [](uintptr_t values, int64_t count) {
+    m.def("all_within", [](uintptr_t values, int64_t count, float limit) {
         py::gil_scoped_release release;
-        return kernels->all_finite(at<float>(values), count);
+        return kernels->all_within(at<float>(values), count, limit);
     });
 }

@@ -186,6 +186,7 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
             blocks[size_t(b++)].sum = double(stage_block(i, first, count, position, staged.data(), bits.data()));
         });
     });
+    const FlushDenormals flush;
     for (int64_t from = 0, to; from < total; from = to) {  // a region's blocks stand together
         double lanes[256] = {}, elements = 0;
         const Block& region = blocks[size_t(from)];
@@ -340,15 +341,16 @@ void one_bit_accumulate(const OneBit& codec, const Layout& layout, const uint8_t
     });
 }
 
-bool all_finite(const float* values, int64_t count) {
+bool all_within(const float* values, int64_t count, float limit) {
+    const uint32_t over = bits_of(limit) + 1;
     int64_t i = 0;
     for (; i + 4096 <= count; i += 4096) {
         uint32_t found = 0;
-        for (int64_t j = i; j < i + 4096; j += 8) found |= at_least(load(values + j), kMaxFinite + 1);
+        for (int64_t j = i; j < i + 4096; j += 8) found |= at_least(load(values + j), over);
         if (found) return false;
     }
     for (; i < count; i++)
-        if (magnitude(values[i]) > kMaxFinite) return false;
+        if (magnitude(values[i]) >= over) return false;
     return true;
 }
 

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kRun = 65536;  // elements whose entries share a count, so that an offset fits 16 bits
 
+constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
+
 constexpr int64_t kTile = 2048;   // elements that are worked on in the first-level cache
 constexpr int64_t kAhead = 1024;  // elements between what is worked on and what is being fetched
 
@@ -49,7 +51,7 @@ struct Finder {
     std::unique_ptr<Candidate[]> candidates;
     int64_t count = 0, room = 0;
     bool piled_up = false;             // more candidates than there is room for
-    std::vector<uint32_t> not_finite;  // ascending, at most k
+    std::vector<uint32_t> not_finite;  // ascending, at most k + 1
     std::vector<uint32_t> histogram = std::vector<uint32_t>(2048);
     int64_t above = 0, equal = 0;      // how many exceed, how many equal the k-th largest magnitude
 
@@ -105,8 +107,8 @@ private:
         return base_ + std::min(runs * t / threads_ * kRun, layout_.shard_numel);
     }
     float value(int64_t tensor, int64_t element, int64_t position) const {
-        const float e = error_ ? error_[position] : 0.f;
-        return gradients_ ? to_float(static_cast<const G*>(gradients_[tensor])[element]) + e : e + 0.f;
+        if (!gradients_) return error_[position];
+        return to_float(static_cast<const G*>(gradients_[tensor])[element]) + (error_ ? error_[position] : 0.f);
     }
     template <class Test> bool any(const Test& test) const {
         for (const Finder& f : finders_) if (test(f)) return true;
@@ -178,7 +180,8 @@ private:
             }
             F8 v[8], largest = zero;
             for (int q = 0; q < 8; q++) {
-                v[q] = add(HasGradient ? load(g + i + 8 * q) : zero, HasError ? load(e + i + 8 * q) : zero);
+                if (HasGradient) v[q] = add(load(g + i + 8 * q), HasError ? load(e + i + 8 * q) : zero);
+                else v[q] = load(e + i + 8 * q);
                 largest = larger_magnitude(largest, v[q]);
             }
             uint64_t hits;
@@ -222,12 +225,13 @@ private:
     uint64_t take_singly(Finder& mine, const G* g, float* e, int64_t from, int64_t to, uint32_t in_shard) {
         uint64_t hits = 0;
         for (int64_t j = from; j < to; j++) {
-            const float v = (HasGradient ? to_float(g[j]) : 0.f) + (HasError ? e[j] : 0.f);
+            const float v = HasGradient ? to_float(g[j]) + (HasError ? e[j] : 0.f) : e[j];
             if (magnitude(v) > kMaxFinite) {
-                if (int64_t(mine.not_finite.size()) < codec_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
+                // One more than can be sent is enough to know.
+                if (int64_t(mine.not_finite.size()) <= codec_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
                 continue;
             }
-            if (HasError) e[j] = v;
+            if (HasGradient && HasError) e[j] = v;
             hits |= uint64_t(magnitude(v) >= threshold_) << (j - from);
         }
         return hits;
@@ -235,12 +239,18 @@ private:
 
     float left_over(float v) const { return codec_.half ? v - to_float(half_of(v)) : 0.f; }  // once v is sent
 
-    // A shard with values that are not finite sends those and nothing else: its finite values wait in the error.
+    // A shard with values that are not finite sends those and nothing else: its finite values wait in the error. Where
+    // there are more than k of them, the whole shard travels as not finite.
     void send_not_finite() {
-        int64_t entry = 0;
+        int64_t total = 0, entry = 0;
+        for (const Finder& f : finders_) total += int64_t(f.not_finite.size());
+        if (total > codec_.k) {
+            set_entry(codec_, chunk_, 0, 0, float_of(kNaN));
+            counts_in(chunk_)[0] = kAllNotFinite;
+            return;
+        }
         for (const Finder& f : finders_)
-            for (uint32_t position : f.not_finite)
-                if (entry < codec_.k) set_entry(codec_, chunk_, entry++, position, float_of(kNaN));
+            for (uint32_t position : f.not_finite) set_entry(codec_, chunk_, entry++, position, float_of(kNaN));
     }
 
     // Gives the candidates back to the error.
@@ -378,6 +388,13 @@ void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, voi
             const int64_t begin = shard * layout.shard_numel + run * kRun;
             const int64_t end = std::min(begin + kRun, (shard + 1) * layout.shard_numel);
             const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            if (counts_in(chunk)[0] == kAllNotFinite) {
+                for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t) {
+                    G* to = static_cast<G*>(gradients[tensor]) + first;
+                    for (int64_t i = 0; i < count; i++) from_float(float_of(kNaN), to + i);
+                });
+                continue;
+            }
             int64_t entry = first_entry[size_t(at)];
             const int64_t last = entry + counts_in(chunk)[run];
             for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
@@ -404,6 +421,10 @@ void top_k_decode(const TopK& codec, const Layout& layout, const uint8_t* chunks
 
 void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum) {
     FlushDenormals flush;
+    if (counts_in(chunk)[0] == kAllNotFinite)
+        return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            std::fill(sum + position, sum + position + count, float_of(kNaN));
+        });
     int64_t entry = 0;
     for (int64_t run = 0; run * kRun < layout.shard_numel; run++)
         for (const int64_t last = entry + counts_in(chunk)[run]; entry < last; entry++)

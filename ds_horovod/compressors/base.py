@@ -12,7 +12,12 @@ from .. import kernels
 from ..kernels.formats import align
 from ..layout import Layout, pack
 
-_HEADER = 16  # bytes before the payload of a derived chunk: 1 where its values are not finite, else 0
+_HEADER = 16  # bytes before the payload of a derived chunk, the first of which says what its values are:
+_TAME, _NOT_FINITE, _LARGE = range(3)
+
+TAME = 2.0**50
+"""Sums of values up to this, and of their squares, cannot overflow."""
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Compressor(ABC):
@@ -75,9 +80,11 @@ class Compressor(ABC):
                     value += gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                 terms.append(value)
             v = torch.cat(terms)
-            if not kernels.for_device(v.device).all_finite(v):
-                chunks[shard, 0] = 1
+            all_within = kernels.for_device(v.device).all_within
+            if not all_within(v, LARGEST):
+                chunks[shard, 0] = _NOT_FINITE
                 continue
+            chunks[shard, 0] = _TAME if all_within(v, TAME) else _LARGE
             payload = self._checked_payload(v)
             chunks[shard, _HEADER : _HEADER + len(payload)] = payload
             if error is not None:
@@ -94,6 +101,7 @@ class Compressor(ABC):
         ValueError
             A payload that no encoder writes.
         """
+        self._require_size(layout, chunks)
         for pieces, chunk in zip(layout.pieces, chunks, strict=True):
             values = self._chunk_values(chunk, sum(p.numel for p in pieces))
             for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
@@ -101,14 +109,15 @@ class Compressor(ABC):
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
+        self._require_size(layout, chunk.unsqueeze(0))
         (pieces,) = layout.pieces
         values = self._chunk_values(chunk, sum(p.numel for p in pieces))
         for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
             total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
 
-    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
-        """Whether all values that the chunks stand for are finite."""
-        return not chunks[:, 0].any()
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
+        """Whether all values that the chunks stand for are finite and, for a limit of `TAME`, no larger."""
+        return not (chunks[:, 0] == _NOT_FINITE).any() and (limit > TAME or not (chunks[:, 0] == _LARGE).any())
 
     def serve(
         self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor
@@ -131,16 +140,24 @@ class Compressor(ABC):
             uint8, ``(chunk_nbytes(layout),)``, all zero, receives the reply.
         """
         before = None
-        if error is not None and not pusher.is_finite(layout, pushed):
-            before = error.clone()
+        if error is not None and not pusher.is_within(layout, pushed, TAME):
+            before = error.clone()  # rare: something may not be finite, or overflow
         total = torch.zeros(layout.shard_numel, device=pushed.device) if error is None else error
         for worker in pushed:
             pusher.accumulate(layout, worker, weight, total)
         self.encode(layout, None, total, chunk.unsqueeze(0))
-        if error is not None and not self.is_finite(layout, chunk.unsqueeze(0)):
-            # The error stays as it was where the workers' values are not finite; a sum that overflowed is dropped.
-            lost = ~error.isfinite()
-            error[lost] = 0.0 if before is None else before[lost].nan_to_num(0.0, 0.0, 0.0)
+        if before is not None:
+            replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
+            self.decode(layout, chunk.unsqueeze(0), replied)
+            for offset, values in zip(layout.offsets, replied, strict=True):
+                here = slice(offset, offset + len(values))
+                kept = total[here]
+                kept.copy_(torch.where(values.isfinite() & kept.isfinite(), kept, before[here]))
+
+    def _require_size(self, layout: Layout, chunks: Tensor) -> None:
+        expected = layout.shards, self.chunk_nbytes(layout)
+        if chunks.shape != expected:
+            raise ValueError(f"a payload of {tuple(chunks.shape)} bytes where {self!r} writes {expected}: truncated?")
 
     def _checked_payload(self, values: Tensor) -> Tensor:
         payload = self.compress(values.clone())
@@ -162,9 +179,9 @@ class Compressor(ABC):
 
     def _chunk_values(self, chunk: Tensor, numel: int) -> Tensor:
         flag = int(chunk[0])
-        if flag not in (0, 1):
+        if flag not in (_TAME, _NOT_FINITE, _LARGE):
             raise ValueError(f"corrupted payload of {self!r}: a chunk begins with {flag}")
-        if flag or not numel:
+        if flag == _NOT_FINITE or not numel:
             return torch.full((numel,), torch.nan, device=chunk.device)
         return self._checked_values(chunk[_HEADER : _HEADER + self.payload_nbytes(numel)], numel)
 

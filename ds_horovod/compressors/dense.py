@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..layout import Layout
-from .base import FusedCompressor
+from .base import LARGEST, FusedCompressor
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class NoCompression(FusedCompressor):
                 if gradients is not None:
                     out += gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                 if kept is not None:
-                    if kernels.for_device(out.device).all_finite(out):
+                    if kernels.for_device(out.device).all_within(out):
                         kept.zero_()
                     else:
                         kept[out.isfinite()] = 0.0
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        self._require_size(layout, chunks)
         for pieces, chunk in zip(layout.pieces, chunks, strict=True):
             values = chunk.view(torch.float32)
             for piece in pieces:
@@ -47,7 +48,8 @@ class NoCompression(FusedCompressor):
                 target.copy_(values[piece.offset : piece.offset + piece.numel])
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+        self._require_size(layout, chunk.unsqueeze(0))
         total.add_(chunk.view(torch.float32)[: layout.shard_numel], alpha=weight)
 
-    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
-        return bool(kernels.for_device(chunks.device).all_finite(chunks.view(-1).view(torch.float32)))
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
+        return bool(kernels.for_device(chunks.device).all_within(chunks.view(-1).view(torch.float32), limit))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.formats import OneBitFormat, align
 from ..layout import Layout
-from .base import Compressor, FusedCompressor
+from .base import LARGEST, Compressor, FusedCompressor
 
 _SCALES = ("l1", "l2")
 _GRANULARITIES = ("block", "parameter", "bucket")
@@ -67,9 +67,9 @@ class OneBit(FusedCompressor):
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         kernels.for_device(chunk.device).one_bit_accumulate(_format(self, layout), layout, chunk, weight, total)
 
-    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
         scales = chunks[:, : 4 * _format(self, layout).scales].contiguous().view(-1)
-        return bool(kernels.for_device(chunks.device).all_finite(scales.view(torch.float32)))
+        return bool(kernels.for_device(chunks.device).all_within(scales.view(torch.float32), limit))
 
     def serve(
         self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.formats import RUN, TopKFormat, align
 from ..layout import Layout
-from .base import FusedCompressor
+from .base import LARGEST, FusedCompressor
 
 _VALUES = ("fp32", "fp16")
 
@@ -23,8 +23,8 @@ class TopK(FusedCompressor):
     """Q[v] keeps the largest magnitudes of v and makes the rest zero.
 
     The selection runs over a whole shard (a bucket's n-th part, or the bucket with ``server=RANK``), is exact, and gives
-    ties to the lowest index. Where v is not finite, its shard sends those elements as NaN and nothing else; the others
-    wait in the error.
+    ties to the lowest index. Where v is not finite, its shard sends those elements as NaN and nothing else (all as NaN,
+    where they are more than it may send); the others wait in the error.
 
     Parameters
     ----------
@@ -71,16 +71,16 @@ class TopK(FusedCompressor):
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         kernels.for_device(chunk.device).top_k_accumulate(_format(self, layout), layout, chunk, weight, total)
 
-    def is_finite(self, layout: Layout, chunks: Tensor) -> bool:
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
         format = _format(self, layout)
         values = chunks[:, format.values_at : format.values_at + format.k * (2 if format.half else 4)].contiguous()
         values = values.view(-1).view(torch.float16 if format.half else torch.float32)
-        return bool(kernels.for_device(chunks.device).all_finite(values.float()))
+        return bool(kernels.for_device(chunks.device).all_within(values.float(), limit))
 
 
 @lru_cache(maxsize=1024)
 def _format(codec: TopK, layout: Layout) -> TopKFormat:
-    k = codec.k if codec.ratio is None else math.ceil(codec.ratio * layout.most_elements)
+    k = codec.k if codec.ratio is None else math.ceil(round(codec.ratio * layout.most_elements, 6))  # 7 of 100 are 0.07
     assert k is not None
     k = min(k, layout.most_elements)
     half = codec.values == "fp16"

@@ -66,6 +66,8 @@ def _tensors(layout: Layout, tensors: Sequence[Tensor] | None) -> tuple[str, lis
     """The name of the tensors' dtype, and where they are."""
     if tensors is None:
         return "none", []
+    if tensors and tensors[0].dtype not in _DTYPES:
+        raise ValueError(f"expected tensors of {', '.join(map(str, _DTYPES))}, got {tensors[0].dtype}")
     for tensor, numel in zip(tensors, layout.numels, strict=True):
         if tensor.numel() != numel or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
             raise ValueError(
@@ -135,5 +137,5 @@ def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: 
     _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
 
 
-def all_finite(values: Tensor) -> bool:
-    return bool(_cpu.all_finite(_flat(values, values.numel()), values.numel()))
+def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
+    return bool(_cpu.all_within(_flat(values, values.numel()), values.numel(), limit))

@@ -11,6 +11,9 @@ from typing import NamedTuple
 RUN = 65536
 """Elements whose top-k entries share a count, so that an offset fits 16 bits."""
 
+ALL_NOT_FINITE = 0xFFFFFFFF
+"""As the first count of a chunk: the whole shard is NaN, and so is the first value."""
+
 
 def align(nbytes: int) -> int:
     """The next multiple of 16."""
@@ -37,7 +40,8 @@ class TopKFormat(NamedTuple):
     """A uint32 count for each run of 65536 elements, then the entries' uint16 offsets in their runs, then their values.
 
     Entries stand in ascending order. Values are float32, or float16 where `half`. There may be fewer than k entries: a
-    shard with fewer elements sends all of them, a shard with values that are not finite sends only those, as NaN.
+    shard with fewer elements sends all of them, a shard with values that are not finite sends only those, as NaN, or,
+    where there are more than k of them, travels as NaN altogether.
     """
 
     k: int

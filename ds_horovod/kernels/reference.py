@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout, Piece
-from .formats import RUN, OneBitFormat, TopKFormat
+from .formats import ALL_NOT_FINITE, RUN, OneBitFormat, TopKFormat
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -206,7 +206,8 @@ def top_k_encode(
         if not pieces:
             continue
         v = torch.cat([corrected(layout, shard, piece, gradients, error) for piece in pieces])
-        v = flush(v) + 0.0
+        if gradients is not None:  # the error alone is taken as it is
+            v = flush(v) if error is not None else flush(v) + 0.0
         positions = torch.cat([torch.arange(piece.offset, piece.offset + piece.numel) for piece in pieces])
         finite = v.isfinite()
         if finite.all():
@@ -214,17 +215,22 @@ def top_k_encode(
             chosen = magnitude.sort(descending=True, stable=True).indices[: format.k].sort().values
             sent = v[chosen]
         else:
-            chosen = (~finite).nonzero().view(-1)[: format.k]
+            chosen = (~finite).nonzero().view(-1)
+            all_not_finite = len(chosen) > format.k
             sent = torch.full((len(chosen),), torch.nan)
         wire = sent.clamp(-_LARGEST_HALF, _LARGEST_HALF).half() if format.half else sent
         if error is not None:
             residual = v.clone()
-            residual[chosen] = flush(sent - wire.float())
+            residual[chosen] = flush(flush(sent) - flush(wire.float()))
             kept = error[shard * layout.shard_numel + positions]
             error[shard * layout.shard_numel + positions] = torch.where(finite, residual, kept)
         where = positions[chosen]
         chunk = chunks[shard]
         runs = -(-layout.shard_numel // RUN)
+        if not finite.all() and all_not_finite:
+            chunk[:4] = 255
+            chunk[format.values_at : format.values_at + (2 if format.half else 4)] = wire[:1].view(torch.uint8)
+            continue
         chunk[: 4 * runs].view(torch.int32).copy_(torch.bincount(where // RUN, minlength=runs))
         offsets = chunk[format.offsets_at : format.offsets_at + 2 * len(where)].view(torch.int16)
         offsets.copy_(where % RUN)  # wraps: the bits are those of a uint16
@@ -260,6 +266,10 @@ def _top_k_entries(format: TopKFormat, layout: Layout, shard: int, chunk: Tensor
     """Positions in the shard and values of a chunk's entries, checked."""
     runs = -(-layout.shard_numel // RUN)
     counts = chunk[: 4 * runs].view(torch.int32).long() & 0xFFFFFFFF
+    values = chunk[format.values_at :].view(torch.float16 if format.half else torch.float32).float()
+    if runs and counts[0] == ALL_NOT_FINITE and values[0].isnan():
+        where = torch.cat([torch.arange(p.offset, p.offset + p.numel) for p in layout.pieces[shard]] or [counts[:0]])
+        return where, torch.full((len(where),), torch.nan)
     total = int(counts.sum())
     if total > format.k:
         raise ValueError("corrupted top-k payload: counts exceed k")
@@ -270,11 +280,9 @@ def _top_k_entries(format: TopKFormat, layout: Layout, shard: int, chunk: Tensor
         real[piece.offset : piece.offset + piece.numel] = True
     if (where.diff() <= 0).any() or not real[where].all():
         raise ValueError("corrupted top-k payload: offsets that do not ascend, or point into padding")
-    size = 2 if format.half else 4
-    values = chunk[format.values_at : format.values_at + size * total]
-    return where, values.view(torch.float16 if format.half else torch.float32).float()
+    return where, values[:total]
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether no float32 value is NaN or infinite."""
-    return bool(values.isfinite().all())
+def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
+    """Whether all float32 values are at most `limit` in magnitude; NaN is not."""
+    return bool((values.abs() <= limit).all())

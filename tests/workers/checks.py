@@ -58,9 +58,7 @@ def batch(step, dtype=torch.float32):
 
 def distributed(model, compression, kind=torch.optim.SGD, options=None, **kwargs):
     optimizer = kind(model.parameters(), **({"lr": 0.1} if options is None else options))
-    return hvd.DistributedOptimizer(
-        optimizer, named_parameters=model.named_parameters(), compression=compression, **kwargs
-    )
+    return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression, **kwargs)
 
 
 def squeeze(*args, **kwargs):

@@ -1,0 +1,317 @@
+"""Errors survive a checkpoint exactly, and never end up where they do not belong."""
+
+import copy
+import io
+
+import pytest
+import torch
+from support import assert_same_bits, generator
+
+from ds_horovod import DoubleSqueeze, OneBit, TopK
+from ds_horovod.in_process import InProcessTransport
+
+MIXED = (OneBit(32), TopK(0.1))
+SHAPES = {"first": (8, 40), "middle": (7, 11), "bias": (9,), "last": (64, 5)}
+
+
+class Transport(InProcessTransport):
+    """All ranks mean the same here."""
+
+    def gather_objects(self, value, name):
+        return [value] * self.size
+
+
+class Run:
+    """Some ranks that exchange gradients, step after step."""
+
+    def __init__(self, size=2, shapes=SHAPES, server=None, compressors=MIXED, states=None, **options):
+        compressor, server_compressor = compressors
+        options = {"min_numel": 1, "bucket_cap_mb": 0.002, **options}
+        self.squeezes, self.parameters, self.sessions = [], [], []
+        for rank, transport in enumerate(Transport.group(size, server)):
+            parameters = [(name, torch.zeros(shape, requires_grad=True)) for name, shape in shapes.items()]
+            squeeze = DoubleSqueeze(compressor, server_compressor=server_compressor, server=server, **options)
+            if states is not None:
+                squeeze.load_state_dict(states[rank])
+            self.sessions.append(squeeze.bind("run", parameters, True, transport))
+            self.squeezes.append(squeeze)
+            self.parameters.append([p for _, p in parameters])
+
+    def step(self, g):
+        """One exchange of new gradients. Returns what the first rank has got."""
+        for session, parameters in zip(self.sessions, self.parameters, strict=True):
+            for p in reversed(parameters):
+                p.grad = torch.randn(p.shape, generator=g)
+                if session.meet(p):
+                    session.ready(p)
+        for session in self.sessions:
+            session.start()
+        for _ in ("serve", "land"):  # in one process nobody else would do the other rank's part
+            for session in self.sessions:
+                session.poll()
+        for session, parameters in zip(self.sessions, self.parameters, strict=True):
+            for p in parameters:
+                if session.covers(p):
+                    session.finish(p)
+        results = [torch.cat([p.grad.view(-1) for p in parameters if p.dim() > 1]) for parameters in self.parameters]
+        assert all(torch.equal(result, results[0]) for result in results)
+        return results[0]
+
+    def states(self):
+        return [squeeze.state_dict() for squeeze in self.squeezes]
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_equal_states(state, other):
+    assert state.keys() == other.keys()
+    assert {k: v for k, v in state.items() if k != "buckets"} == {k: v for k, v in other.items() if k != "buckets"}
+    for bucket, same in zip(state["buckets"], other["buckets"], strict=True):
+        assert bucket.keys() == same.keys()
+        for key, value in bucket.items():
+            if isinstance(value, torch.Tensor):
+                assert_same_bits(value, same[key], key)
+            else:
+                assert value == same[key]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"server": 1},
+        {"bucket_cap_mb": None},
+        {"worker_error": False},
+        {"server_error": False},
+        {"compressors": (TopK(k=3), TopK(k=3))},
+        {"compressors": (OneBit(32, "l2", "bucket"), OneBit(32, "l2", "bucket")), "server": 0},
+        {"size": 3},
+        {"size": 3, "server": 2},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(options):
+    run, g = Run(**options), generator(0)
+    for _ in range(3):
+        run.step(g)
+    saved = [through_a_file(state) for state in run.states()]
+    at = g.get_state()
+    uninterrupted = [run.step(g) for _ in range(3)]
+
+    resumed = Run(**options)
+    for squeeze, state in zip(resumed.squeezes, saved, strict=True):
+        squeeze.load_state_dict(state)
+        assert_equal_states(squeeze.state_dict(), state)
+    g.set_state(at)
+    for expected in uninterrupted:
+        assert_same_bits(resumed.step(g), expected)
+    for state, expected in zip(resumed.states(), run.states(), strict=True):
+        assert_equal_states(state, expected)
+
+
+def test_a_state_may_be_loaded_before_the_optimizer_is_made():
+    run, g = Run(), generator(0)
+    run.step(g)
+    saved = [through_a_file(state) for state in run.states()]
+    at = g.get_state()
+    expected = run.step(g)
+    resumed = Run(states=saved)
+    for squeeze, state in zip(resumed.squeezes, saved, strict=True):
+        assert_equal_states(squeeze.state_dict(), state)
+    g.set_state(at)
+    assert_same_bits(resumed.step(g), expected)
+
+
+def test_a_wrong_state_loaded_before_the_optimizer_is_made():
+    states = Run().states()
+    with pytest.raises(ValueError, match="of rank 1, this is rank 0"):
+        Run(states=states[::-1])
+    with pytest.raises(ValueError, match="another layout: 2 buckets, here 1"):
+        Run(states=states, bucket_cap_mb=None)
+
+
+def test_errors_are_what_makes_the_difference():
+    run, g = Run(), generator(0)
+    run.step(g)
+    at = g.get_state()
+    expected = run.step(g)
+    g.set_state(at)
+    assert not torch.equal(Run().step(g), expected)
+
+
+def test_going_back_in_a_running_session():
+    run, g = Run(), generator(1)
+    run.step(g)
+    saved = [through_a_file(state) for state in run.states()]
+    at = g.get_state()
+    expected = [run.step(g) for _ in range(2)]
+    for squeeze, state in zip(run.squeezes, saved, strict=True):
+        squeeze.load_state_dict(state)
+    g.set_state(at)
+    for result in expected:
+        assert_same_bits(run.step(g), result)
+
+
+def test_what_a_state_says():
+    run = Run()
+    run.step(generator(0))
+    for rank, state in enumerate(run.states()):
+        assert (state["size"], state["rank"], state["server"], state["sparse"]) == (2, rank, None, [])
+        assert [bucket["parameters"] for bucket in state["buckets"]] == [["last", "middle"], ["first"]]
+        assert all(bucket["worker_error"].abs().max() > 0 for bucket in state["buckets"])
+        assert all(bucket["server_error"].abs().max() > 0 for bucket in state["buckets"])
+
+
+# ---- states that do not belong here
+
+
+def changed(state, **values):
+    return {**state, **values}
+
+
+def changed_bucket(state, **values):
+    first, *rest = state["buckets"]
+    return {**state, "buckets": [{**first, **values}, *rest]}
+
+
+WRONG = {
+    "format": (lambda s: changed(s, format=99), "of format 99, this is format 1"),
+    "world size": (lambda s: changed(s, size=3), "of world size 3, this is world size 2"),
+    "rank": (lambda s: changed(s, rank=1), "of rank 1, this is rank 0"),
+    "server": (lambda s: changed(s, server=0), "of server 0, this is server None"),
+    "fewer buckets": (lambda s: changed(s, buckets=s["buckets"][:1]), "another layout: 1 buckets, here 2"),
+    "parameters": (
+        lambda s: changed_bucket(s, parameters=["lost"]),
+        r"bucket 0 has parameters \['lost'\], here \['last', 'middle'\]",
+    ),
+    "numels": (lambda s: changed_bucket(s, numels=[319, 77]), r"bucket 0 has numels \[319, 77\], here \[320, 77\]"),
+    "offsets": (lambda s: changed_bucket(s, offsets=[0, 352]), r"bucket 0 has offsets \[0, 352\], here \[0, 320\]"),
+    "no worker error": (lambda s: changed_bucket(s, worker_error=None), "bucket 0 has a worker_error of shape None, here"),
+    "shape": (lambda s: changed_bucket(s, server_error=torch.ones(3)), r"bucket 0 has a server_error of shape \(3,\), here"),
+    "a later bucket": (
+        lambda s: changed(s, buckets=[s["buckets"][0]] * 2),
+        r"bucket 1 has parameters \['last', 'middle'\], here \['first'\]",
+    ),
+    "sparse": (lambda s: changed(s, sparse=["last"]), "another layout: 2 buckets, here 1"),
+}
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started", "fresh"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_state_of_something_else_changes_nothing(wrong, started):
+    change, message = WRONG[wrong]
+    run, g = Run(), generator(2)
+    run.step(g)
+    good = through_a_file(run.states()[0])
+    if not started:
+        run = Run()
+        run.squeezes[0].load_state_dict(good)
+    bad = change(copy.deepcopy(good))
+    for bucket in bad["buckets"]:
+        if bucket["worker_error"] is not None:
+            bucket["worker_error"] += 1.0
+    if wrong == "sparse" and started:  # then it is the buckets that differ
+        bad["buckets"] = bad["buckets"][1:]
+        message = "another layout: 1 buckets, here 2"
+    with pytest.raises(ValueError, match=message):
+        run.squeezes[0].load_state_dict(bad)
+    assert_equal_states(run.squeezes[0].state_dict(), good)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"size": 3}, "world size"),
+        ({"server": 0}, "server"),
+        ({"bucket_cap_mb": None}, "1 buckets, here 2"),
+        ({"compressors": (OneBit(2048), OneBit(2048))}, "offsets|shape"),
+        ({"worker_error": False}, "worker_error of shape None"),
+        ({"shapes": {**SHAPES, "last": (64, 6)}}, "numels"),
+        ({"shapes": {**SHAPES, "extra": (64, 6)}}, "3 buckets, here 2"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_run(other, message):
+    with pytest.raises(ValueError, match=message):
+        Run().squeezes[0].load_state_dict(through_a_file(Run(**other).states()[0]))
+
+
+def test_a_state_of_another_rank():
+    here, there = Run().squeezes
+    with pytest.raises(ValueError, match="of rank 1, this is rank 0"):
+        here.load_state_dict(there.state_dict())
+
+
+# ---- tensors outside an optimizer
+
+
+def use(squeezes, transports, tensors):
+    """One exchange of each named tensor."""
+    for name, tensor in tensors.items():
+        sessions = [s.tensor_session("t", name, tensor, True, t) for s, t in zip(squeezes, transports, strict=True)]
+        stand_ins = [session.parameters[0][1] for session in sessions]
+        for session, p in zip(sessions, stand_ins, strict=True):
+            p.grad = tensor.clone()
+            session.meet(p)
+            session.ready(p)
+        for session in sessions:
+            session.start()
+        for session, p in zip(sessions, stand_ins, strict=True):
+            session.finish(p)
+    return {s.parameters[0][0]: s.parameters[0][1].grad for s in squeezes[0]._sessions}
+
+
+def named_tensors(seed):
+    g = generator(seed)
+    return {"a": torch.randn(100, generator=g), "b": torch.randn(3, 70, generator=g)}
+
+
+@pytest.fixture
+def used():
+    squeezes = [DoubleSqueeze(OneBit(32)) for _ in range(2)]
+    transports = Transport.group(2)
+    use(squeezes, transports, named_tensors(0))
+    return squeezes, transports
+
+
+def test_tensors_resume(used):
+    saved = [through_a_file(squeeze.state_dict()) for squeeze in used[0]]
+    expected = use(*used, named_tensors(1))
+    fresh = [DoubleSqueeze(OneBit(32)) for _ in range(2)]
+    for squeeze, state in zip(fresh, saved, strict=True):
+        squeeze.load_state_dict(state)  # before the tensors are known
+    results = use(fresh, Transport.group(2), named_tensors(1))
+    for name, result in results.items():
+        assert_same_bits(result, expected[name])
+
+
+def test_a_bad_state_of_one_tensor_changes_no_other(used):
+    (squeeze, _), _ = used
+    good = through_a_file(squeeze.state_dict())
+    bad = copy.deepcopy(good)
+    bad["buckets"][0]["worker_error"] += 1.0
+    bad["buckets"][1]["numels"] = [1]
+    with pytest.raises(ValueError, match="numels"):
+        squeeze.load_state_dict(bad)
+    assert_equal_states(squeeze.state_dict(), good)
+
+
+def test_tensors_of_another_rank(used):
+    """Loaded before the first use, when the rank is not known yet, and refused once it is."""
+    squeezes, _ = used
+    swapped = [DoubleSqueeze(OneBit(32)) for _ in range(2)]
+    with pytest.raises(ValueError, match="of rank 1, this is rank 0"):
+        swapped[0].load_state_dict(through_a_file(squeezes[1].state_dict()))
+        swapped[1].load_state_dict(through_a_file(squeezes[0].state_dict()))
+        use(swapped, Transport.group(2), named_tensors(1))
+
+
+def test_a_state_of_an_optimizer_is_not_one_of_tensors(used):
+    state = Run(bucket_cap_mb=None).states()[0]
+    with pytest.raises(ValueError, match="DoubleSqueeze"):
+        used[0][0].load_state_dict(through_a_file(state))

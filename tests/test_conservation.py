@@ -1,0 +1,238 @@
+"""The law of the exchange: nothing that compression takes away is lost, element by element.
+
+mean_i(g_i + e_i) + E == out + mean_i(e_i') + E'
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from support import COMPRESSORS, Int8, assert_same_bits, gathered, generator
+
+from ds_horovod import NoCompression, OneBit, TopK
+from ds_horovod.exchange import Options
+from ds_horovod.in_process import Simulation
+from ds_horovod.layout import pack
+
+SIZES = [5, 700, 63, 1]
+TOLERANCE = 1e-5  # of the largest term: float32 rounds each of a step's few operations by 6e-8 of its result
+GROUPS = [(n, server) for n in (1, 2, 3, 4, 7, 8) for server in dict.fromkeys((None, 0, n - 1))]
+MIXED = [
+    (OneBit(64), NoCompression()),
+    (OneBit(32), OneBit(96, "l2")),
+    (OneBit(64), OneBit(64, granularity="bucket")),
+    (TopK(0.1), OneBit(32)),
+    (OneBit(64), TopK(0.1)),
+    (NoCompression(), OneBit(64, "l2")),
+    (TopK(0.1, values="fp16"), Int8()),
+]
+PAIRS = [(compressor, compressor) for compressor in COMPRESSORS] + MIXED
+
+
+def pair_id(pair):
+    return " then ".join(map(repr, dict.fromkeys(pair)))
+
+
+every_pair = pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
+
+
+class Group:
+    """n workers, and the terms of the law in float64, padding left out."""
+
+    def __init__(self, pair, workers, server=None, average=True, worker_error=True, server_error=True, sizes=SIZES):
+        self.sizes, self.workers, self.weight = sizes, workers, 1 / workers if average else 1.0
+        self.layout = pack(sizes, math.lcm(*(q.block for q in pair)), workers if server is None else 1)
+        options = Options(*pair, worker_error, server_error, self.weight)
+        self.simulation = Simulation(self.layout, options, workers, server)
+
+    def gradients(self, g):
+        return [[torch.randn(size, generator=g) for size in self.sizes] for _ in range(self.workers)]
+
+    def step(self, gradients):
+        """One exchange of a copy of the gradients. Returns what all workers have got, which must be the same."""
+        copies = [[tensor.clone() for tensor in worker] for worker in gradients]
+        self.simulation.step(copies)
+        outputs = [torch.cat(worker) for worker in copies]
+        for output in outputs[1:]:
+            assert_same_bits(output, outputs[0], "the workers' results:")
+        return outputs[0]
+
+    def worker_errors(self):
+        return [gathered(self.layout, exchange.worker_error) for exchange in self.simulation.exchanges]
+
+    def server_error(self):
+        errors = [e.server_error for e in self.simulation.exchanges if e.server_error is not None]
+        return gathered(self.layout, torch.cat(errors))
+
+    def waiting(self):
+        """What waits in the errors, as it will count."""
+        return self.weight * sum(e.double() for e in self.worker_errors()) + self.server_error().double()
+
+    def given(self, gradients):
+        return self.weight * sum(torch.cat(worker).double() for worker in gradients)
+
+
+def check_law(group, gradients, where=slice(None)):
+    """Takes a step and compares both sides of the law. Returns what the workers have got."""
+    before = group.given(gradients) + group.waiting()
+    output = group.step(gradients)
+    after = output.double() + group.waiting()
+    largest = max([1.0, *(float(x[where].abs().max()) for x in (before, output, group.waiting()))])
+    assert (before - after)[where].abs().max() <= TOLERANCE * largest
+    return output
+
+
+@pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
+@pytest.mark.parametrize("workers, server", GROUPS)
+@every_pair
+def test_each_step_keeps_the_law(pair, workers, server, average):
+    g = generator(0)
+    group = Group(pair, workers, server, average)
+    for _ in range(3):
+        check_law(group, group.gradients(g))
+
+
+@pytest.mark.parametrize("workers, server", [(2, None), (3, 2), (7, None)])
+@every_pair
+def test_fifty_steps_keep_the_law(pair, workers, server):
+    g = generator(1)
+    group = Group(pair, workers, server)
+    given, got = 0.0, 0.0
+    for _ in range(50):
+        gradients = group.gradients(g)
+        given += group.given(gradients)
+        got += group.step(gradients).double()
+    kept = group.waiting()
+    largest = max(float(given.abs().max()), float(kept.abs().max()))
+    assert (given - got - kept).abs().max() <= TOLERANCE * largest
+
+
+@pytest.mark.parametrize("server", [None, 63])
+def test_sixty_four_workers(server):
+    g = generator(2)
+    group = Group((OneBit(32), TopK(0.1)), 64, server)
+    for _ in range(3):
+        check_law(group, group.gradients(g))
+
+
+# ---- against the algorithm as the paper writes it
+
+
+def through(compressor, layout, tensors):
+    """Q[v], by the compressor's own passes."""
+    payload = torch.zeros(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8)
+    compressor.encode(layout, [t.clone() for t in tensors], None, payload)
+    values = [torch.empty_like(t) for t in tensors]
+    compressor.decode(layout, payload, values)
+    return values
+
+
+@pytest.mark.parametrize("worker_error, server_error", [*itertools.product([True, False], repeat=2)])
+@pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
+@pytest.mark.parametrize("server", [None, 1])
+@every_pair
+def test_the_algorithm_line_by_line(pair, server, average, worker_error, server_error):
+    workers, g = 4, generator(3)  # 1/4 rounds nothing, so that every order of operations gives the same bits
+    group = Group(pair, workers, server, average, worker_error, server_error)
+    zeros = [torch.zeros(size) for size in SIZES]
+    e, server_e = [zeros] * workers, zeros
+    for _ in range(3):
+        gradients = group.gradients(g)
+        v = [[a + b for a, b in zip(*worker, strict=True)] for worker in zip(gradients, e, strict=True)]
+        sent = [through(pair[0], group.layout, worker) for worker in v]
+        total = server_e
+        for worker in sent:
+            total = [t + group.weight * x for t, x in zip(total, worker, strict=True)]
+        output = through(pair[1], group.layout, total)
+        if worker_error:
+            e = [[a - b for a, b in zip(*worker, strict=True)] for worker in zip(v, sent, strict=True)]
+        if server_error:
+            server_e = [a - b for a, b in zip(total, output, strict=True)]
+        assert_same_bits(group.step(gradients), torch.cat(output))
+    exchanges = group.simulation.exchanges
+    if worker_error:
+        for own, expected in zip(group.worker_errors(), e, strict=True):
+            assert torch.equal(own, torch.cat(expected))
+    else:
+        assert all(exchange.worker_error is None for exchange in exchanges)
+    if server_error:
+        assert torch.equal(group.server_error(), torch.cat(server_e))
+    else:
+        assert all(exchange.server_error is None for exchange in exchanges)
+
+
+# ---- what is not finite
+
+
+def check_law_where_finite(group, gradients):
+    """As `check_law`, where the result is finite, and the errors must be finite everywhere."""
+    before = group.given(gradients) + group.waiting()
+    output = group.step(gradients)
+    after = output.double() + group.waiting()
+    assert group.waiting().isfinite().all()
+    finite = output.isfinite()
+    assert ((before - after)[finite].abs() <= 1e-4).all()
+    return output
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("workers, server", [(1, None), (3, None), (3, 2)])
+@every_pair
+def test_one_worker_is_not_finite(pair, workers, server, value):
+    g = generator(4)
+    group = Group(pair, workers, server)
+    for _ in range(2):
+        check_law(group, group.gradients(g))
+    *others_before, own_before = group.worker_errors()
+    server_before = group.server_error()
+    gradients = group.gradients(g)
+    gradients[-1][1][333] = value
+    place = SIZES[0] + 333
+
+    lost = ~check_law_where_finite(group, gradients).isfinite()
+    assert lost[place]
+    *others, own = group.worker_errors()
+    assert_same_bits(own[place], own_before[place], "the worker's error:")
+    if isinstance(pair[0], OneBit):
+        start = 333 // pair[0].block * pair[0].block
+        block = slice(SIZES[0] + start, SIZES[0] + min(start + pair[0].block, SIZES[1]))
+        assert_same_bits(own[block], own_before[block], "the worker's error in the block:")
+    for after, before in zip([own, *others], [own_before, *others_before], strict=True):
+        torch.testing.assert_close(after[lost], before[lost], rtol=0, atol=1e-5)
+    assert_same_bits(group.server_error()[lost], server_before[lost], "server error:")
+    assert check_law(group, group.gradients(g)).isfinite().all()
+
+
+@every_pair
+def test_a_whole_gradient_is_not_finite(pair):
+    g = generator(5)
+    group = Group(pair, 3)
+    check_law(group, group.gradients(g))
+    gradients = group.gradients(g)
+    gradients[0][1][:] = math.nan
+    assert not group.step(gradients).isfinite().all()
+    assert check_law(group, group.gradients(g)).isfinite().all()
+
+
+ONE_BIT = [q for q in COMPRESSORS if isinstance(q, OneBit)]
+OVERFLOWS = [((q, q), 4e36 if q.scale == "l1" else 2e18, slice(None)) for q in ONE_BIT]  # norms overflow, or their sum
+OVERFLOWS += [((q, q), 3e38, 333) for q in (TopK(0.05), TopK(k=3), NoCompression(), Int8())]
+OVERFLOWS += [(pair, 3e38, 333) for pair in MIXED if isinstance(pair[1], OneBit)]
+
+
+@pytest.mark.parametrize("server", [None, 0])
+@pytest.mark.parametrize("pair, huge, where", OVERFLOWS, ids=lambda x: pair_id(x) if isinstance(x, tuple) else str(x))
+def test_a_sum_of_finite_values_overflows(pair, huge, where, server):
+    g = generator(6)
+    group = Group(pair, 4, server, average=False)
+    check_law(group, group.gradients(g))
+    gradients = group.gradients(g)
+    for worker in gradients:
+        worker[1][where] = huge
+    lost = ~group.step(gradients).isfinite()
+    assert lost.any()
+    for error in (*group.worker_errors(), group.server_error()):
+        assert error.isfinite().all() and error[lost].abs().max() < 100
+    for _ in range(3):
+        assert check_law(group, group.gradients(g)).isfinite().all()

@@ -1,0 +1,274 @@
+"""Bad input fails at once, with a message that names the option, the value and what is allowed."""
+
+import math
+import re
+
+import pytest
+import torch
+from support import COMPRESSORS, Int8
+
+from ds_horovod import Compressor, DoubleSqueeze, OneBit, TopK
+from ds_horovod.agreement import require_agreement
+from ds_horovod.exchange import Options
+from ds_horovod.in_process import InProcessTransport
+from ds_horovod.layout import pack
+from ds_horovod.session import Selection, Session
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf])
+def test_ratio(ratio):
+    with pytest.raises(ValueError, match=f"TopK: ratio must be over 0 and at most 1, got {re.escape(repr(ratio))}"):
+        TopK(ratio)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5])
+def test_k(k):
+    with pytest.raises(ValueError, match=f"TopK: k must be a positive whole number, got {k}"):
+        TopK(k=k)
+
+
+def test_ratio_or_k():
+    with pytest.raises(ValueError, match=r"TopK: give ratio or k, not both; got ratio=0\.1 and k=3"):
+        TopK(0.1, k=3)
+
+
+def test_values():
+    with pytest.raises(ValueError, match="TopK: values must be one of fp32, fp16, got 'bf16'"):
+        TopK(values="bf16")
+
+
+@pytest.mark.parametrize("block", [0, -32, 31, 33, 2047, 64.0])
+def test_block(block):
+    with pytest.raises(ValueError, match=f"OneBit: block must be a positive multiple of 32, got {block}"):
+        OneBit(block)
+
+
+def test_scale():
+    with pytest.raises(ValueError, match="OneBit: scale must be one of l1, l2, got 'l3'"):
+        OneBit(scale="l3")
+
+
+def test_granularity():
+    with pytest.raises(ValueError, match="OneBit: granularity must be one of block, parameter, bucket, got 'layer'"):
+        OneBit(granularity="layer")
+
+
+@pytest.mark.parametrize("server", [-1, 1.0, "0"])
+def test_server(server):
+    with pytest.raises(ValueError, match=f"server must be a rank, or None for all ranks; got {server!r}"):
+        DoubleSqueeze(server=server)
+
+
+@pytest.mark.parametrize("cap", [0, -1.0, math.nan])
+def test_bucket_cap(cap):
+    with pytest.raises(ValueError, match=f"bucket_cap_mb must be positive, or None for one bucket; got {cap}"):
+        DoubleSqueeze(bucket_cap_mb=cap)
+
+
+@pytest.mark.parametrize("numel", [0, -1, 0.5])
+def test_min_numel(numel):
+    with pytest.raises(ValueError, match=f"min_numel must be a positive whole number, got {numel}"):
+        DoubleSqueeze(min_numel=numel)
+
+
+@pytest.mark.parametrize("name", ["compressor", "server_compressor"])
+def test_compressor_type(name):
+    with pytest.raises(TypeError, match=rf"{name} must be a ds_horovod Compressor, got .*OneBit.*; write OneBit\(\.\.\.\)"):
+        DoubleSqueeze(**{name: OneBit})
+    with pytest.raises(TypeError, match=f"{name} must be a ds_horovod Compressor, got 'onebit'$"):
+        DoubleSqueeze(**{name: "onebit"})
+
+
+def test_block_of_a_users_compressor():
+    compressor = Int8()
+    compressor.block = 48
+    with pytest.raises(ValueError, match=r"compressor\.block must be a positive multiple of 32, got 48"):
+        DoubleSqueeze(compressor)
+
+
+def test_a_compressor_needs_its_three_methods():
+    class Incomplete(Compressor):
+        def compress(self, values):
+            return values
+
+    with pytest.raises(TypeError, match=r"decompress.*payload_nbytes"):
+        Incomplete()
+
+
+# ---- at bind
+
+
+def bind(squeeze, *parameters, size=2):
+    named = [(f"p{i}", p) for i, p in enumerate(parameters)]
+    transport = InProcessTransport.group(size, squeeze.server)[0]
+    return squeeze.bind("test", named, True, transport)
+
+
+@pytest.mark.parametrize("server, size", [(2, 2), (7, 3), (1, 1)])
+def test_a_server_out_of_range(server, size):
+    with pytest.raises(ValueError, match=f"server must be a rank from 0 to {size - 1}, got {server}"):
+        bind(DoubleSqueeze(server=server), torch.zeros(64, 64), size=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_parameters_that_are_not_floating_point(dtype):
+    with pytest.raises(ValueError, match=f"parameter p1 is {dtype}; only floating-point ones can be trained"):
+        bind(DoubleSqueeze(), torch.zeros(64, 64), torch.zeros(64, 64, dtype=dtype))
+
+
+def test_parameters_on_another_device():
+    with pytest.raises(ValueError, match="parameter p0 is on meta; only cpu is supported"):
+        bind(DoubleSqueeze(), torch.zeros(64, 64, device="meta"))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_instance_belongs_to_one_optimizer(size):
+    squeeze = DoubleSqueeze()
+    bind(squeeze, torch.zeros(64, 64), size=size)
+    with pytest.raises(ValueError, match="this instance is in use already; make one for each optimizer"):
+        bind(squeeze, torch.zeros(64, 64), size=size)
+
+
+def test_a_failed_bind_leaves_the_instance_free():
+    squeeze = DoubleSqueeze()
+    with pytest.raises(ValueError, match="p0"):
+        bind(squeeze, torch.zeros(64, 64, dtype=torch.int32))
+    assert bind(squeeze, torch.zeros(64, 64, requires_grad=True)).buckets
+
+
+def test_one_rank_has_nobody_to_exchange_with():
+    assert bind(DoubleSqueeze(), torch.zeros(64, 64), size=1) is None
+
+
+@pytest.mark.parametrize("method", ["compress", "decompress"])
+def test_not_how_horovod_calls_a_compression(method):
+    for compression in (DoubleSqueeze, DoubleSqueeze()):
+        for arguments in [(torch.zeros(3),), (torch.zeros(3), None)]:
+            with pytest.raises(TypeError, match=r"call ds_horovod\.allreduce\(tensor, name=\.\.\.\)"):
+                getattr(compression, method)(*arguments)
+
+
+def test_selection():
+    shapes = [(64, 64), (64, 63), (4096,), (2, 2, 1024)]
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    parameters += [torch.zeros(64, 64, dtype=dtype, requires_grad=True) for dtype in (torch.float64, torch.float16)]
+    parameters += [torch.zeros(64, 64)]
+    session = bind(DoubleSqueeze(), *parameters)
+    assert [bucket.names for bucket in session.buckets] == [["p5"], ["p3", "p0"]]
+
+
+# ---- agreement
+
+
+def test_repr_tells_compressors_apart():
+    different = [*COMPRESSORS, OneBit(), TopK()]
+    assert len(set(map(repr, different))) == len(different)
+
+
+def test_repr_of_equals():
+    assert repr(OneBit(2048, "l1")) == repr(OneBit())
+    assert repr(TopK(0.01)) == repr(TopK()) == "TopK(ratio=0.01, k=None, values='fp32')"
+    first, second, third = Int8(), Int8(), Int8()
+    first.levels = second.levels = 3
+    assert repr(first) == repr(second) != repr(third)
+
+
+def test_repr_of_double_squeeze_names_every_option():
+    text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
+    assert text == (
+        "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
+        "granularity='block'), worker_error=False, server_error=True, server=3, bucket_cap_mb=None, min_numel=4096)"
+    )
+
+
+def test_agreement():
+    require_agreement([{"a": 1, "b": [1, 2]}] * 3)
+
+
+@pytest.mark.parametrize(
+    "there, message",
+    [
+        ({"a": 2, "b": [1, 2]}, "a: 1 on rank 0, 2 on rank 2"),
+        ({"a": 1, "b": [1, 3]}, r"b\[1\]: 2 on rank 0, 3 on rank 2"),
+        ({"a": 1, "b": [1]}, "b: 2 on rank 0, 1 on rank 2"),
+        ({"b": [1, 2]}, "a: 1 on rank 0, None on rank 2"),
+        ({"a": 1, "b": [1, 2], "c": 5}, "c: None on rank 0, 5 on rank 2"),
+    ],
+)
+def test_disagreement_is_named(there, message):
+    here = {"a": 1, "b": [1, 2]}
+    with pytest.raises(ValueError, match=rf"do not agree, so nothing was exchanged:\n  {message}$"):
+        require_agreement([here, here, there])
+
+
+def test_many_disagreements_are_counted():
+    with pytest.raises(ValueError, match=r"b\[4\]: 4 on rank 0, -1 on rank 1\n  and 95 more$"):
+        require_agreement([{"b": list(range(100))}, {"b": [-1] * 100}])
+
+
+@pytest.mark.parametrize(
+    "key, options, selection, shape",
+    [
+        ("compressor", {"compressor": TopK(0.02)}, {}, (64, 64)),
+        ("server_compressor", {"server_compressor": TopK(0.02)}, {}, (64, 64)),
+        ("worker_error", {"worker_error": False}, {}, (64, 64)),
+        ("server_error", {"server_error": False}, {}, (64, 64)),
+        ("weight", {"weight": 1.0}, {}, (64, 64)),
+        ("min_numel", {}, {"min_numel": 7}, (64, 64)),
+        ("bucket_cap_mb", {}, {"bucket_cap_mb": None}, (64, 64)),
+        (r"parameters\[0\]", {}, {}, (32, 128)),
+    ],
+)
+def test_sessions_compare_everything_that_matters(key, options, selection, shape):
+    class Transport(InProcessTransport):
+        def gather_objects(self, value, name):
+            return [expected, value]
+
+    def session(options, selection, shape):
+        defaults = {"compressor": OneBit(), "server_compressor": OneBit(), "worker_error": True, "server_error": True}
+        return Session(
+            "test",
+            [("p0", torch.zeros(shape))],
+            Options(**{**defaults, "weight": 0.5, **options}),
+            Selection(**{"min_numel": 1, "bucket_cap_mb": 25.0, **selection}),
+            Transport.group(2)[0],
+        )
+
+    expected = session({}, {}, (64, 64))._description()
+    session({}, {}, (64, 64)).start()
+    with pytest.raises(ValueError, match=rf"nothing was exchanged:\n  {key}: .* on rank 0, .* on rank 1$"):
+        session(options, selection, shape).start()
+
+
+# ---- a user's own compressor
+
+
+class Wrong(Int8):
+    def __init__(self, payload=None, values=None):
+        self.payload, self.values = payload, values
+
+    def compress(self, values):
+        return super().compress(values) if self.payload is None else self.payload
+
+    def decompress(self, payload, numel):
+        return super().decompress(payload, numel) if self.values is None else self.values
+
+
+def exchange_with(compressor):
+    layout, error = pack([100], 32, 1), torch.zeros(128)
+    payload = torch.zeros(1, compressor.chunk_nbytes(layout), dtype=torch.uint8)
+    compressor.encode(layout, [torch.ones(100)], error, payload)
+    compressor.decode(layout, payload, [torch.empty(100)])
+
+
+@pytest.mark.parametrize("nbytes", [0, 103, 105])
+def test_compress_of_another_size(nbytes):
+    with pytest.raises(ValueError, match=f"compress made {nbytes} bytes of 100 values, but payload_nbytes says 104"):
+        exchange_with(Wrong(payload=torch.zeros(nbytes, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("values", [torch.zeros(99), torch.zeros(1), torch.zeros(10, 10), torch.zeros(100).int()])
+def test_decompress_of_another_shape_or_dtype(values):
+    message = f"decompress must return 100 floating-point values, got {values.dtype} {tuple(values.shape)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        exchange_with(Wrong(values=values))

@@ -1,0 +1,328 @@
+"""What travels: its size, its format, and that no payload, however corrupted, writes where it must not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support import COMPRESSORS, Int8, assert_same_bits, generator
+from test_kernels import oracle
+
+from ds_horovod import NoCompression, OneBit, TopK
+from ds_horovod.layout import pack
+
+SIZES = [[1], [40], [5, 700, 63, 1], [70000, 33, 1]]
+EVERY = [*COMPRESSORS, OneBit(), OneBit(32, "l2"), OneBit(96, granularity="parameter"), TopK(), TopK(1.0, values="fp16")]
+TOP_K = [TopK(0.05), TopK(0.05, values="fp16"), TopK(k=3), TopK(1.0)]
+GUARD = 64  # elements before and after what may be written
+MARK = 77
+
+every_compressor = pytest.mark.parametrize("compressor", EVERY, ids=repr)
+every_top_k = pytest.mark.parametrize("compressor", TOP_K, ids=repr)
+
+
+class Guarded:
+    """A tensor within a larger buffer, which nobody may touch."""
+
+    def __init__(self, *shape, dtype=torch.float32, fill=5):
+        self.buffer = torch.full((math.prod(shape) + 2 * GUARD,), MARK, dtype=dtype)
+        self.tensor = self.buffer[GUARD:-GUARD].view(shape).fill_(fill)
+        self.fill = fill
+
+    def guard_holds(self):
+        return bool((self.buffer[:GUARD] == MARK).all() and (self.buffer[-GUARD:] == MARK).all())
+
+    def is_untouched(self):
+        return self.guard_holds() and bool((self.tensor == self.fill).all())
+
+
+def encoded(compressor, layout, seed=0):
+    g = generator(seed)
+    gradients = [torch.randn(numel, generator=g) for numel in layout.numels]
+    payload = Guarded(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8, fill=0)
+    error = Guarded(layout.numel, fill=0)
+    compressor.encode(layout, gradients, error.tensor, payload.tensor)
+    assert payload.guard_holds() and error.guard_holds()
+    return payload.tensor
+
+
+# ---- sizes and formats, written out independently
+
+
+def up16(nbytes):
+    return (nbytes + 15) // 16 * 16
+
+
+def expected_nbytes(compressor, layout):
+    numels = [sum(piece.numel for piece in pieces) for pieces in layout.pieces]
+    if isinstance(compressor, OneBit):
+        scales = {"block": layout.shard_numel // compressor.block, "bucket": 1}.get(compressor.granularity)
+        scales = max(map(len, layout.pieces)) if scales is None else scales
+        return up16(4 * scales) + up16(layout.shard_numel // 8)
+    if isinstance(compressor, TopK):
+        k = min(compressor.k or math.ceil(compressor.ratio * max(numels)), max(numels))
+        counts = up16(4 * math.ceil(layout.shard_numel / 65536))
+        return counts + up16(2 * k) + up16((2 if compressor.values == "fp16" else 4) * k)
+    if isinstance(compressor, NoCompression):
+        return up16(4 * layout.shard_numel)
+    return up16(16 + compressor.payload_nbytes(max(numels)))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@every_compressor
+def test_size(compressor, sizes, shards):
+    layout = pack(sizes, compressor.block, shards)
+    nbytes = compressor.chunk_nbytes(layout)
+    assert nbytes == expected_nbytes(compressor, layout)
+    assert nbytes == compressor.chunk_nbytes(pack(sizes, compressor.block, shards))
+    assert nbytes % 16 == 0
+    # A server knows one shard only, and must come to the same size.
+    assert {compressor.chunk_nbytes(layout.shard(shard)) for shard in range(shards)} == {nbytes}
+
+
+@pytest.mark.parametrize("numel", [1, 33, 70000])
+@every_compressor
+def test_what_is_written_is_as_long_as_declared(compressor, numel):
+    values = torch.randn(numel, generator=generator(0))
+    payload = compressor.compress(values)
+    assert payload.dtype == torch.uint8 and payload.shape == (compressor.payload_nbytes(numel),)
+    assert compressor.decompress(payload, numel).shape == (numel,)
+
+
+def test_sizes_do_not_fall():
+    for compressor in EVERY:
+        sizes = [compressor.payload_nbytes(numel) for numel in range(1, 3000)]
+        assert sizes == sorted(sizes)
+
+
+def one_bit_values(compressor, layout, shard, chunk):
+    """As the format says: scales, then signs."""
+    scales = {"block": layout.shard_numel // compressor.block, "parameter": layout.most_pieces, "bucket": 1}
+    count = scales[compressor.granularity]
+    scale = chunk[: 4 * count].view(np.float32)
+    signs = 1 - 2.0 * np.unpackbits(chunk[up16(4 * count) :], bitorder="little")
+    result = np.zeros(layout.shard_numel, np.float32)
+    for slot, piece in enumerate(layout.pieces[shard]):
+        at = np.arange(piece.offset, piece.offset + piece.numel)
+        which = {"block": at // compressor.block, "parameter": slot, "bucket": 0}[compressor.granularity]
+        result[at] = scale[which] * signs[at]
+    return result
+
+
+def top_k_values(compressor, layout, shard, chunk):
+    """As the format says: a count for each run of 65536, then offsets within the run, then values."""
+    most = layout.most_elements
+    k = min(compressor.k or math.ceil(compressor.ratio * most), most)
+    runs = math.ceil(layout.shard_numel / 65536)
+    counts = chunk[: 4 * runs].view(np.uint32)
+    offsets = chunk[up16(4 * runs) :][: 2 * k].view(np.uint16)[: counts.sum()]
+    dtype = np.dtype(np.float16 if compressor.values == "fp16" else np.float32)
+    values = chunk[up16(4 * runs) + up16(2 * k) :][: dtype.itemsize * k].view(dtype)[: counts.sum()]
+    result = np.zeros(layout.shard_numel, np.float32)
+    result[np.repeat(np.arange(runs), counts) * 65536 + offsets] = values
+    return result
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, (OneBit, TopK))], ids=repr)
+def test_the_format_is_as_documented(compressor, sizes, shards):
+    layout = pack(sizes, compressor.block, shards)
+    payload = encoded(compressor, layout)
+    decoded = [torch.empty(numel) for numel in sizes]
+    compressor.decode(layout, payload, decoded)
+    read = one_bit_values if isinstance(compressor, OneBit) else top_k_values
+    for shard, pieces in enumerate(layout.pieces):
+        values = torch.from_numpy(read(compressor, layout, shard, payload[shard].numpy()))
+        for p in pieces:
+            own = decoded[p.tensor][p.first : p.first + p.numel]
+            assert torch.equal(own, values[p.offset : p.offset + p.numel])
+
+
+# ---- payloads that no encoder writes
+
+
+def decode_and_watch(compressor, layout, payload):
+    """Decodes into guarded tensors. Returns them, or None if the payload was refused, and then nothing was written."""
+    outputs = [Guarded(numel) for numel in layout.numels]
+    try:
+        compressor.decode(layout, payload, [output.tensor for output in outputs])
+    except ValueError:
+        assert all(output.is_untouched() for output in outputs)
+        return None
+    assert all(output.guard_holds() for output in outputs)
+    return torch.cat([output.tensor for output in outputs])
+
+
+def accumulate_and_watch(compressor, layout, chunk):
+    """As `decode_and_watch`, for one shard of a layout."""
+    total = Guarded(layout.shard_numel)
+    try:
+        compressor.accumulate(layout, chunk, 0.5, total.tensor)
+    except ValueError:
+        assert total.is_untouched()
+        return None
+    assert total.guard_holds()
+    return total.tensor
+
+
+@pytest.mark.parametrize("compressor", [q for q in EVERY if not isinstance(q, Int8)], ids=repr)
+def test_another_size(compressor):
+    layout = pack([5, 700, 63, 1], compressor.block, 2)
+    payload = encoded(compressor, layout)
+    longer = torch.cat([payload, torch.zeros(2, 16, dtype=torch.uint8)], 1)
+    for wrong in (payload[:, :-16], longer, payload[:1], torch.cat([payload, payload[:1]]), payload[:, :0]):
+        assert decode_and_watch(compressor, layout, wrong.contiguous()) is None
+    for wrong in (payload[0, :-16], longer[0], payload[0, :0]):
+        assert accumulate_and_watch(compressor, layout.shard(0), wrong.contiguous()) is None
+    alone = compressor.compress(torch.ones(1000))
+    with pytest.raises(ValueError):
+        compressor.decompress(alone[:-16], 1000)
+
+
+def corrupt(payload, compressor, layout, **words):
+    """Overwrites the first words of the first chunk's counts or offsets."""
+    payload = payload.clone()
+    chunk = payload[0].numpy()
+    offsets_at = up16(4 * math.ceil(layout.shard_numel / 65536))
+    for name, values in words.items():
+        view = chunk[:offsets_at].view(np.uint32) if name == "counts" else chunk[offsets_at:].view(np.uint16)
+        view[: len(values)] = values
+    return payload
+
+
+@pytest.mark.parametrize("sizes", [[2000], [70000, 33, 1]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"counts": [2**32 - 1]},
+        {"counts": [2**31]},
+        {"counts": [65537]},
+        {"counts": [2], "offsets": [7, 7]},
+        {"counts": [2], "offsets": [7, 6]},
+        {"counts": [3], "offsets": [0, 65535, 1]},
+    ],
+    ids=str,
+)
+@every_top_k
+def test_corrupted_top_k(compressor, words, sizes):
+    layout = pack(sizes, compressor.block, 1)
+    payload = corrupt(encoded(compressor, layout), compressor, layout, **words)
+    assert decode_and_watch(compressor, layout, payload) is None
+    assert accumulate_and_watch(compressor, layout, payload[0]) is None
+    with pytest.raises(ValueError, match="corrupted top-k payload"):
+        compressor.decode(layout, payload, [torch.empty(numel) for numel in sizes])
+
+
+@every_top_k
+def test_counts_over_k(compressor):
+    layout = pack([70000, 33, 1], compressor.block, 1)
+    payload = encoded(compressor, layout)
+    counts = payload[0, :8].numpy().view(np.uint32)
+    assert counts.sum() == min(compressor.k or math.ceil(compressor.ratio * 70034), 70034)
+    counts[1] += 1
+    assert decode_and_watch(compressor, layout, payload) is None
+    assert accumulate_and_watch(compressor, layout, payload[0]) is None
+
+
+@pytest.mark.parametrize(
+    "sizes, offset",
+    [([40], 40), ([40], 63), ([40], 64), ([40], 65535), ([5, 33], 5), ([5, 33], 31), ([5, 33], 65), ([5, 33], 96)],
+    ids=str,
+)
+@every_top_k
+def test_offsets_where_no_element_is(compressor, sizes, offset):
+    layout = pack(sizes, compressor.block, 1)
+    for good in (0, sizes[0] - 1, layout.offsets[-1] + sizes[-1] - 1):
+        payload = corrupt(encoded(compressor, layout), compressor, layout, counts=[1], offsets=[good])
+        assert decode_and_watch(compressor, layout, payload) is not None
+    payload = corrupt(payload, compressor, layout, counts=[1], offsets=[offset])
+    assert decode_and_watch(compressor, layout, payload) is None
+    assert accumulate_and_watch(compressor, layout, payload[0]) is None
+
+
+def test_one_corrupted_chunk_refuses_the_payload():
+    compressor, layout = TopK(0.05), pack([2000], 32, 3)
+    payload = encoded(compressor, layout)
+    payload[2, 0] = 255
+    assert decode_and_watch(compressor, layout, payload) is None
+
+
+def random_corruptions(payload, tries):
+    """Random bytes at a few places, then everywhere."""
+    for seed in range(tries):
+        g = generator(seed)
+        noise = torch.randint(0, 256, payload.shape, generator=g, dtype=torch.uint8)
+        touched = torch.rand(payload.shape, generator=g) < (2 / payload.shape[1] if seed % 5 else 1.0)
+        yield torch.where(touched, noise, payload)
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.05), TopK(k=3), TopK(1.0, values="fp16"), OneBit(64)], ids=repr)
+def test_random_bytes(compressor):
+    """Refused, or decoded to what the oracle makes of them."""
+    layout = pack([5, 700, 63, 1], compressor.block, 2)
+    refused = 0
+    for payload in random_corruptions(encoded(compressor, layout), 500):
+        native = decode_and_watch(compressor, layout, payload), accumulate_and_watch(compressor, layout.shard(0), payload[0])
+        with oracle():
+            expected = (
+                decode_and_watch(compressor, layout, payload),
+                accumulate_and_watch(compressor, layout.shard(0), payload[0]),
+            )
+        refused += native[0] is None
+        for own, other in zip(native, expected, strict=True):
+            assert (own is None) == (other is None)
+            if own is not None:
+                assert_same_bits(own, other)
+    assert refused == 0 if isinstance(compressor, OneBit) else 100 <= refused < 500
+
+
+@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, OneBit)], ids=repr)
+def test_one_bit_takes_any_bytes(compressor):
+    layout = pack([5, 700, 63, 1], compressor.block, 2)
+    for seed in range(20):
+        g = generator(seed)
+        payload = torch.randint(0, 256, (2, compressor.chunk_nbytes(layout)), generator=g, dtype=torch.uint8)
+        assert decode_and_watch(compressor, layout, payload) is not None
+        assert accumulate_and_watch(compressor, layout.shard(0), payload[0]) is not None
+
+
+@pytest.mark.parametrize("flag", [3, 128, 255])
+def test_a_corrupted_flag_of_a_users_compressor(flag):
+    compressor, layout = Int8(), pack([40, 5], 32, 2)
+    payload = encoded(compressor, layout)
+    payload[0, 0] = flag
+    assert decode_and_watch(compressor, layout, payload) is None
+    assert accumulate_and_watch(compressor, layout.shard(0), payload[0]) is None
+    with pytest.raises(ValueError, match=rf"corrupted payload of Int8\(\): a chunk begins with {flag}"):
+        compressor.decode(layout, payload, [torch.empty(40), torch.empty(5)])
+
+
+def test_payloads_of_another_dtype_or_layout_in_memory():
+    compressor, layout = OneBit(64), pack([1000], 64, 1)
+    payload = encoded(compressor, layout)
+    with pytest.raises(ValueError, match="contiguous uint8 payload"):
+        compressor.decode(layout, payload.int(), [torch.empty(1000)])
+    with pytest.raises(ValueError, match="contiguous uint8 payload"):
+        compressor.decode(layout, torch.cat([payload, payload], 1)[:, ::2], [torch.empty(1000)])
+    with pytest.raises(ValueError, match="aligned"):
+        compressor.decode(layout, torch.cat([payload[0, :1], payload[0]])[1:].view(1, -1), [torch.empty(1000)])
+
+
+def test_gradients_of_another_layout():
+    compressor, layout = OneBit(64), pack([1000, 40], 64, 1)
+    payload = encoded(compressor, layout)
+    bad = [
+        [torch.empty(1000)],
+        [torch.empty(999), torch.empty(40)],
+        [torch.empty(1000), torch.empty(40).half()],
+        [torch.empty(2000)[::2], torch.empty(40)],
+    ]
+    for gradients in bad:
+        with pytest.raises(ValueError):
+            compressor.decode(layout, payload, gradients)
+        with pytest.raises(ValueError):
+            compressor.encode(layout, gradients, None, payload)
+    with pytest.raises(ValueError, match="expected 1088 contiguous float32 values"):
+        compressor.encode(layout, [torch.zeros(1000), torch.zeros(40)], torch.zeros(1040), payload)

@@ -30,7 +30,8 @@ def _use_torch_openmp() -> None:
     """
     with open("/proc/self/maps") as maps:
         names = {line.split(maxsplit=5)[-1].strip() for line in maps}
-    for path in sorted(name for name in names if "libgomp" in name or "libiomp" in name or "libomp" in name):
+    libraries = [name for name in names if "libgomp" in name or "libiomp" in name or "libomp" in name]
+    for path in sorted(libraries, key=lambda name: ("/torch/" not in name, name)):  # others may have brought theirs
         try:
             library = ctypes.CDLL(path)
             functions = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads

@@ -48,7 +48,7 @@ class Transport(Protocol[Handle]):
         """Whether `wait` would return at once."""
 
     def wait(self, handle: Handle) -> Tensor:
-        """What arrived, once it has; to be called once for each handle."""
+        """What arrived; to be called once for each handle, when `poll` says so."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Totals:
     server_pass_seconds: float = 0.0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
+
+    @property
+    def pass_seconds(self) -> float:
+        """Of all passes."""
+        return self.worker_pass_seconds + self.server_pass_seconds + self.decode_seconds
 
 
 @dataclass
@@ -122,7 +127,7 @@ def _zeros(spare: list[Tensor], shape: tuple[int, ...], device: torch.device) ->
 
 
 class Flight(Generic[Handle]):
-    """One bucket under way: pushing, then pulling, then landed. Nothing here waits but `wait`."""
+    """One bucket under way: pushing, then pulling, then landed. Nothing here waits."""
 
     def __init__(self, exchange: Exchange[Handle], gradients: Sequence[Tensor]) -> None:
         self._exchange = exchange
@@ -145,15 +150,9 @@ class Flight(Generic[Handle]):
             self._advance()
         return self.landed
 
-    def wait(self) -> None:
-        """Returns when the flight has landed."""
-        while not self.landed:
-            self._advance()
-
-    def discard(self) -> None:
-        """Waits for the collectives, which the other ranks take part in, but leaves the gradients alone."""
+    def drop(self) -> None:
+        """Leaves the gradients alone when the flight lands. It must land still: the other ranks take part in it."""
         self._gradients = None
-        self.wait()
 
     def _advance(self) -> None:
         exchange = self._exchange

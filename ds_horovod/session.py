@@ -24,15 +24,17 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 
 
 def combine_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several sessions: norms add up as norms do, the ratio by what was sent, the rest plainly."""
+    """Of several sessions: means over all their steps, norms as norms add up, the ratio by what was sent."""
     if len(stats) <= 1:
         return dict(stats[0]) if stats else {}
-    total = {key: sum(s[key] for s in stats) for key in stats[0]}
+    steps = sum(s["steps"] for s in stats)
+    total = {key: sum(s["steps"] * s[key] for s in stats) / max(1, steps) for key in stats[0]}
+    total["steps"] = steps
     for key in ("worker_error_norm", "server_error_norm"):
         total[key] = math.sqrt(sum(s[key] ** 2 for s in stats))
     sent = [s["steps"] * (s["compressed_bytes_sent"] + s["dense_bytes_sent"]) for s in stats]
-    if sum(sent):
-        total["compression_ratio"] = sum(s["compression_ratio"] * b for s, b in zip(stats, sent, strict=True)) / sum(sent)
+    ratios = [s["compression_ratio"] for s in stats]
+    total["compression_ratio"] = sum(r * b for r, b in zip(ratios, sent, strict=True)) / sum(sent) if sum(sent) else 1.0
     return total
 
 
@@ -198,17 +200,10 @@ class Session(Generic[Handle]):
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.start()
-        try:
-            while self._journeys:
-                self.poll()
-                if self._journeys:
-                    time.sleep(_NAP_SECONDS)
-                    self.totals.wait_seconds += _NAP_SECONDS
-        except BaseException:
-            self._journeys.clear()  # a collective has failed: there is nothing to wait for
-            raise
+        self._drain()
         if p in self._arrived:
-            waits_for = [n for n, q in zip(*self._members(p), strict=True) if q not in self._arrived]
+            bucket = self._bucket_of[p]
+            waits_for = [n for n, q in zip(bucket.names, bucket.parameters, strict=True) if q not in self._arrived]
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         assert p.grad is not None
         return p.grad
@@ -234,8 +229,9 @@ class Session(Generic[Handle]):
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
         for journey in self._journeys:
-            journey.flight.discard()
-        self._journeys.clear()
+            journey.flight.drop()
+            journey.copies.clear()
+        self._drain()
         self._arrived.clear()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
@@ -266,10 +262,6 @@ class Session(Generic[Handle]):
             "server_error_norm": _norm([bucket.exchange.server_error for bucket in self.buckets]),
         }
 
-    def _members(self, p: Tensor) -> tuple[list[str], list[Tensor]]:
-        bucket = self._bucket_of[p]
-        return bucket.names, bucket.parameters
-
     def _description(self) -> dict[str, Any]:
         return {
             "compressor": repr(self.options.compressor),
@@ -283,6 +275,20 @@ class Session(Generic[Handle]):
             "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],
             "sparse parameters": sorted(self.sparse),
         }
+
+    def _drain(self) -> None:
+        """Returns when nothing is under way. It naps where hvd.synchronize would spin on the core that Horovod needs."""
+        start = time.perf_counter()
+        passes = self.totals.pass_seconds
+        try:
+            while self._journeys:
+                self.poll()
+                if self._journeys:
+                    time.sleep(_NAP_SECONDS)
+        except BaseException:
+            self._journeys.clear()  # a collective has failed: there is nothing to wait for
+            raise
+        self.totals.wait_seconds += time.perf_counter() - start - (self.totals.pass_seconds - passes)
 
     def _launch(self, bucket: Bucket[Handle]) -> None:
         travelling, copies = [], []

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
-
-_NAP_SECONDS = 5e-5
 
 
 class HorovodTransport:
@@ -48,9 +45,6 @@ class HorovodTransport:
         return bool(hvd.poll(handle))
 
     def wait(self, handle: int) -> Tensor:
-        # hvd.synchronize spins, and would take the core that Horovod's own thread needs.
-        while not hvd.poll(handle):
-            time.sleep(_NAP_SECONDS)
         result = hvd.synchronize(handle)
         tensor: Tensor = result[0] if isinstance(result, tuple) else result  # alltoall also returns the splits
         return tensor

@@ -1,0 +1,31 @@
+"""Statistics of several tensors that share one DoubleSqueeze."""
+
+import pytest
+
+from ds_horovod.session import combine_stats
+
+KEYS = ("compressed_bytes_sent", "compressed_bytes_received", "dense_bytes_sent", "dense_bytes_received", "wait_seconds")
+
+
+def stats(steps, value, ratio, norm):
+    return {
+        "steps": steps,
+        **dict.fromkeys(KEYS, value),
+        "compression_ratio": ratio,
+        "worker_error_norm": norm,
+        "server_error_norm": norm,
+    }
+
+
+def test_of_none_and_of_one():
+    assert combine_stats([]) == {}
+    assert combine_stats([stats(2, 5.0, 3.0, 1.0)]) == stats(2, 5.0, 3.0, 1.0)
+
+
+def test_of_two_that_were_used_differently_often():
+    total = combine_stats([stats(1, 10.0, 30.0, 3.0), stats(3, 2.0, 10.0, 4.0)])
+    assert total["steps"] == 4
+    assert all(total[key] == pytest.approx((1 * 10 + 3 * 2) / 4) for key in KEYS)
+    assert total["worker_error_norm"] == total["server_error_norm"] == pytest.approx(5.0)
+    uncompressed, sent = 1 * 20 * 30 + 3 * 4 * 10, 1 * 20 + 3 * 4
+    assert total["compression_ratio"] == pytest.approx(uncompressed / sent)

@@ -18,29 +18,17 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import (
-    HelpFormatter,
-    bytes_sent,
-    compression,
-    count,
-    method_list,
-    new_file,
-    positive,
-    reduction,
-    share,
-    table,
-    use_threads,
-    write_json,
-)
+from cluster import bytes_on_the_wire
+from common import HelpFormatter, count, new_file, positive, table, use_threads, write_json
+from methods import NAMES, distribute, method_list, reduction
 from models import MODELS, make
-
-METHODS = ("none", "fp16", "onebit", "topk", "noop")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description="Speed of training on synthetic data.", formatter_class=HelpFormatter)
     add = parser.add_argument
+    names = ", ".join(NAMES).replace("%", "%%")
     add("--fp16-allreduce", action="store_true", help="use fp16 compression during allreduce: --compression fp16")
     add("--model", choices=MODELS, default="mlp", help="model to benchmark")
     add("--batch-size", type=positive(int), default=32, help="input batch size of each rank")
@@ -51,11 +39,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--use-adasum", action="store_true", help="reduce with the Adasum algorithm")
     add(
         "--compression",
-        choices=METHODS,
-        help="compression of the gradients; noop sends nothing, the most that any could give (default: none)",
+        metavar="METHOD",
+        help=f"one of {names}; noop sends nothing, the most that any compression could give (default: none)",
     )
-    add("--compare", nargs="+", metavar="METHOD", help=f"time several of {', '.join(METHODS)} by turns, against the first")
-    add("--ratio", type=share, default=0.01, help="share of the elements that topk sends")
+    add("--compare", nargs="+", metavar="METHOD", help=f"time several of {names} by turns, against the first")
     add("--threads", type=positive(int), help="threads of each rank (default: its share of the cores)")
     add("--json", type=new_file, metavar="FILE", help="write the results to FILE too")
     args = parser.parse_args()
@@ -67,8 +54,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--compare and --compression conflict: give all methods to --compare")
     if not args.compare:
         args.compression = "fp16" if args.fp16_allreduce else args.compression or "none"
+        method_list(parser, "--compression", [args.compression])
     else:
-        args.compare = method_list(parser, "--compare", args.compare, METHODS)
+        args.compare = method_list(parser, "--compare", args.compare)
         if args.num_iters % 2:
             parser.error(
                 f"argument --num-iters: must be even with --compare, for as many turns in each order; got {args.num_iters}"
@@ -107,38 +95,40 @@ class Contender:
         self.method = method
         self.turns: list[list[float]] = []
         """Seconds of the steps that count, by turn."""
+        self.wire_bytes: float | None = None
+        """What left this host in a step of the last turn, headers included. None where its interface is not its own."""
         torch.manual_seed(0)
         self.model, batch = make(args.model)
         self.model.to(device)
         generator = torch.Generator().manual_seed(hvd.rank())
         self.input, self.target = (tensor.to(device) for tensor in batch(args.batch_size, generator))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01 * _rate_factor(args, device))
-        if method != "noop":
-            self.optimizer = hvd.DistributedOptimizer(
-                self.optimizer,
-                named_parameters=[(f"{label}.{name}", p) for name, p in self.model.named_parameters()],
-                compression=compression(method, args.ratio),
-                op=hvd.Adasum if args.use_adasum else hvd.Average,
-            )
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01 * _rate_factor(args, device))
         hvd.broadcast_parameters(self.model.state_dict(), root_rank=0)
-        hvd.broadcast_optimizer_state(self.optimizer, root_rank=0)
+        names = [(f"{label}.{name}", p) for name, p in self.model.named_parameters()]
+        self.training = distribute(method, self.model, optimizer, names, hvd.Adasum if args.use_adasum else hvd.Average)
+        hvd.broadcast_optimizer_state(self.training.optimizer, root_rank=0)
 
     def step(self) -> None:
         """One training step, to the end."""
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.input), self.target).backward()
-        self.optimizer.step()
+        self.training.optimizer.zero_grad()
+        F.cross_entropy(self.training.model(self.input), self.target).backward()
+        self.training.optimizer.step()
         if self.input.is_cuda:
             torch.cuda.synchronize()
 
     def run(self, steps: int) -> list[float]:
-        """A turn of some steps, which begins on all ranks together. Returns the seconds of each step."""
+        """A turn of some steps, which begins and ends on all ranks together. Returns the seconds of each step."""
         hvd.barrier()
+        before = bytes_on_the_wire()
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
             self.step()
             seconds.append(time.perf_counter() - start)
+        hvd.barrier()  # what has been sent has left when the others are done
+        after = bytes_on_the_wire()
+        if before is not None and after is not None and steps:
+            self.wire_bytes = (after - before) / steps
         return seconds
 
     def result(self) -> dict[str, Any]:
@@ -148,15 +138,16 @@ class Contender:
         -------
         dict
             ``method``; ``seconds_per_step``: median; ``seconds_by_turn``: medians, which show how quiet the machine was;
-            ``bytes_sent``: per step; ``compression_ratio``: how many times fewer than uncompressed.
+            ``bytes_sent``: per step; ``compression_ratio``: how many times fewer than uncompressed; ``wire_bytes``.
         """
-        sent = bytes_sent(self.method, self.model, self.optimizer)
+        sent = self.training.bytes_sent()
         return {
             "method": self.method,
             "seconds_per_step": statistics.median(itertools.chain(*self.turns)),
             "seconds_by_turn": [statistics.median(turn) for turn in self.turns],
             "bytes_sent": sent,
             "compression_ratio": reduction(sent, self.model),
+            "wire_bytes": self.wire_bytes,
         }
 
 
@@ -189,6 +180,8 @@ def benchmark(args: argparse.Namespace, device: torch.device, unit: str) -> list
     log(f"Compression: {args.compression}")
     log(f"Median seconds per step: {result['seconds_per_step']:.5f}")
     log(f"Bytes sent per rank and step: {result['bytes_sent']:,.0f}")
+    if result["wire_bytes"] is not None:
+        log(f"Bytes on the wire per rank and step: {result['wire_bytes']:,.0f}")
     log(f"Compression ratio: {_times(result['compression_ratio'])}")
     return [result]
 
@@ -206,7 +199,16 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 
     results = [contender.result() for contender in contenders]
     first = results[0]["seconds_per_step"]
-    rows = [["method", "seconds per step", f"of {args.compare[0]}", "bytes sent per rank and step", "compression ratio"]]
+    rows = [
+        [
+            "method",
+            "seconds per step",
+            f"of {args.compare[0]}",
+            "bytes sent per rank and step",
+            "on the wire",
+            "compression ratio",
+        ]
+    ]
     for result in results:
         result["time_ratio"] = result["seconds_per_step"] / first
         rows.append(
@@ -215,6 +217,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
                 f"{result['seconds_per_step']:.5f}",
                 f"{result['time_ratio']:.1%}",
                 f"{result['bytes_sent']:,.0f}",
+                "-" if result["wire_bytes"] is None else f"{result['wire_bytes']:,.0f}",
                 _times(result["compression_ratio"]),
             ]
         )

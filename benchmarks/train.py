@@ -2,7 +2,7 @@
 
 Run it with ``horovodrun -np 2 python benchmarks/train.py``, or with plain python for one rank. The data are the 1797
 digits that come with scikit-learn, so nothing is downloaded. Every method starts from the same weights and sees the
-same batches; nothing but ``compression=`` differs. It runs on the CPU: the model is too small for anything else.
+same batches; nothing but the exchange of gradients differs. It runs on the CPU: the model is too small for anything else.
 """
 
 from __future__ import annotations
@@ -15,18 +15,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import (
-    HelpFormatter,
-    bytes_sent,
-    compression,
-    method_list,
-    new_file,
-    positive,
-    reduction,
-    table,
-    use_threads,
-    write_json,
-)
+from common import HelpFormatter, new_file, positive, table, use_threads, write_json
+from methods import NAMES, distribute, method_list, reduction
 from models import digits_classifier
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -35,7 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-METHODS = ("none", "fp16", "onebit", "topk")
 WARMUP_EPOCHS = 3
 
 
@@ -46,7 +35,11 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
-        "--methods", nargs="+", default=["none", "onebit", "topk"], metavar="METHOD", help=f"any of {', '.join(METHODS)}"
+        "--methods",
+        nargs="+",
+        default=["none", "onebit", "topk"],
+        metavar="METHOD",
+        help=f"any of {', '.join(NAMES)}".replace("%", "%%"),
     )
     parser.add_argument("--epochs", type=positive(int), default=30, help="passes over the training data")
     parser.add_argument("--batch-size", type=positive(int), default=16, help="samples of one rank in a step")
@@ -54,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the data")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to FILE too")
     args = parser.parse_args()
-    args.methods = method_list(parser, "--methods", args.methods, METHODS)
+    args.methods = method_list(parser, "--methods", args.methods)
     return args
 
 
@@ -98,8 +91,9 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
     torch.manual_seed(args.seed)
     model = digits_classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression(method))
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    training = distribute(method, model, optimizer)
+    optimizer = training.optimizer
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
     sampler = DistributedSampler(train_data, hvd.size(), hvd.rank(), seed=args.seed)
@@ -107,7 +101,7 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
 
     def step(x: Tensor, y: Tensor) -> float:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(training.model(x), y)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -123,7 +117,7 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
             losses.append(step(x, y))
             seconds.append(time.perf_counter() - start)
 
-    sent = bytes_sent(method, model, optimizer)
+    sent = training.bytes_sent()
     return {
         "method": method,
         "test_accuracy": accuracy(model, test_data),

@@ -1,0 +1,190 @@
+"""Seconds of a training step over networks of every speed: all methods, on clusters of several sizes, for several models.
+
+    python benchmarks/bandwidth.py --json benchmarks/results/bandwidth.json
+
+Each combination of model, hosts and rate is a run of `cluster.py`, in which all methods are measured one after the
+other by `step_times.py`. The file is written after each of them, and a later call goes on where the file ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import MAX_HOSTS, ClusterError, bits_per_second, die_with_parent, require_privileges
+from common import new_file, positive, provenance
+from methods import method_list
+from models import MODELS
+from tqdm import tqdm
+
+METHODS = (
+    "noop", "none", "fp16", "onebit", "topk-1%", "topk-0.1%", "onebit-server", "onebit-allgather",
+    "ddp", "ddp-fp16", "ddp-powersgd-1", "ddp-powersgd-4",
+)  # fmt: skip
+FULL = {"models": ["mlp", "preact_resnet18"], "hosts": [2, 4, 8], "seconds": 3.0, "max_steps": 20}
+FULL["rates"] = ["unshaped", "10gbit", "1gbit", "500mbit", "200mbit", "100mbit"]
+QUICK = {"models": ["gpt"], "hosts": [2, 4, 8], "rates": ["1gbit", "100mbit"], "seconds": 0.3, "max_steps": 3}
+BATCH_SIZE = {"mlp": 32, "preact_resnet18": 4, "gpt": 2}
+"""Of each host. Small, since all hosts share the cores of one machine: compute must not hide what is measured."""
+
+Cell = tuple[str, int, str]
+"""Model, hosts, rate."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description="Seconds of a step over networks of every speed.")
+    add = parser.add_argument
+    add("--json", type=new_file, required=True, metavar="FILE", help="the results; what it has already is not measured again")
+    add("--quick", action="store_true", help="a small model and few steps: whether it works, not how fast")
+    add("--models", nargs="+", choices=MODELS, help=f"what to train (default: {' '.join(FULL['models'])})")
+    add("--hosts", nargs="+", type=int, help="sizes of the cluster (default: 2 4 8)")
+    add("--rates", nargs="+", help=f"of each host in each direction (default: {' '.join(FULL['rates'])})")
+    add("--methods", nargs="+", default=METHODS, help=f"noop among them (default: {' '.join(METHODS)})".replace("%", "%%"))
+    add("--rounds", type=positive(int), default=1, help="measure every method so often in each run (default: 1)")
+    add("--seconds", type=positive(float), help="how long to measure each method in each round, roughly (default: 3)")
+    args = parser.parse_args()
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.methods = method_list(parser, "--methods", args.methods)
+    if "noop" not in args.methods:
+        parser.error("argument --methods: noop must be among them; the time of an exchange is the time above noop")
+    for rate in args.rates:
+        try:
+            bits_per_second(rate)
+        except ValueError as error:
+            parser.error(f"argument --rates: {error}")
+    for hosts in args.hosts:
+        if not 2 <= hosts <= MAX_HOSTS:
+            parser.error(f"argument --hosts: must be from 2 to {MAX_HOSTS}, got {hosts}")
+    return args
+
+
+class Results:
+    """The file of results: one entry for each cell, written at once and as a whole.
+
+    Raises
+    ------
+    ValueError
+        The file is something else.
+    """
+
+    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {**origin, "cells": []}
+        if path.exists() and path.stat().st_size:
+            try:
+                before = json.loads(path.read_text())
+                self._content["cells"] = before["cells"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} holds no results of this benchmark: {error!r}; name another file") from error
+
+    def missing(self, cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
+        """The cells that are not there with all methods."""
+        held = {(c["model"], c["hosts"], c["rate"]): {r["method"] for r in c["results"]} for c in self._content["cells"]}
+        return [cell for cell in cells if not held.get(cell, set()) >= set(methods)]
+
+    def add(self, cell: Cell, **entry: Any) -> None:
+        """Writes a cell, in place of an older one."""
+        model, hosts, rate = cell
+        others = [c for c in self._content["cells"] if (c["model"], c["hosts"], c["rate"]) != cell]
+        self._content["cells"] = [*others, {"model": model, "hosts": hosts, "rate": rate, **entry}]
+        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
+            file.write(json.dumps(self._content, indent=1) + "\n")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self._path)
+
+
+def measure(cell: Cell, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Runs a cluster and yields its measurements as they come.
+
+    Raises
+    ------
+    ClusterError
+        It has failed; the end of what it has said is in the message.
+    """
+    model, hosts, rate = cell
+    here = Path(__file__).parent
+    command = [sys.executable, str(here / "cluster.py"), "--hosts", str(hosts), "--rate", rate, "--"]
+    command += [sys.executable, str(here / "step_times.py"), *args.methods, "--model", model]
+    command += ["--batch-size", str(BATCH_SIZE[model]), "--rounds", str(args.rounds)]
+    command += ["--seconds", str(args.seconds), "--max-steps", str(args.max_steps)]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield json.loads(line)
+            if process.wait():
+                said.seek(0)
+                raise ClusterError(f"{model} on {hosts} hosts at {rate} has failed:\n{said.read()[-3000:].strip()}")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def combine(measurements: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for each method: medians of its rounds, and its time above noop."""
+    results: list[dict[str, Any]] = []
+    for method in methods:
+        rounds = [m for m in measurements if m["method"] == method]
+        results.append(
+            {
+                "method": method,
+                "seconds_per_step": statistics.median(m["seconds_per_step"] for m in rounds),
+                "seconds_by_round": [m["seconds_per_step"] for m in rounds],
+                "steps": sum(m["steps"] for m in rounds),
+                "bytes_sent": rounds[-1]["bytes_sent"],
+                "wire_bytes_sent": statistics.median(m["wire_bytes_sent"] for m in rounds),
+            }
+        )
+    noop = next(r["seconds_per_step"] for r in results if r["method"] == "noop")
+    for result in results:
+        result["seconds_above_noop"] = result["seconds_per_step"] - noop
+    return results
+
+
+def network_settings() -> dict[str, str]:
+    """What the kernel's TCP does here; the hosts inherit it."""
+    names = ("tcp_congestion_control", "tcp_slow_start_after_idle", "tcp_rmem", "tcp_wmem")
+    return {name: " ".join(Path("/proc/sys/net/ipv4", name).read_text().split()) for name in names}
+
+
+def main() -> None:
+    """Measures what is missing in the file."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    environment = {name: value for name, value in os.environ.items() if name.startswith("HOROVOD_")}
+    origin = {**provenance(args), "environment": environment, "network": network_settings(), "batch_size": BATCH_SIZE}
+    try:
+        require_privileges()
+        results = Results(args.json, origin)
+        cells = results.missing(list(itertools.product(args.models, args.hosts, args.rates)), args.methods)
+        with tqdm(total=len(cells) * len(args.methods) * args.rounds, unit="measurement") as bar:
+            for cell in cells:
+                measurements = []
+                for measurement in measure(cell, args):
+                    measurements.append(measurement)
+                    bar.set_description("{} on {} hosts at {}".format(*cell))
+                    bar.update()
+                results.add(cell, date=origin["date"], command=origin["command"], results=combine(measurements, args.methods))
+    except (ClusterError, ValueError) as error:
+        sys.exit(f"bandwidth: {error}")
+
+
+if __name__ == "__main__":
+    main()

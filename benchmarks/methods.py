@@ -1,0 +1,194 @@
+"""The ways to train on several ranks that the benchmarks compare, by name, each as a user of it would set it up.
+
+====================  ================================================================================
+none, fp16            Horovod, with its own compressions
+onebit                Horovod with DoubleSqueeze(OneBit())
+onebit-server         the same with one server, as in the paper, instead of a share of it on every rank
+onebit-allgather      one pass instead of two: all ranks send their payloads to all others
+topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousandth; topk is topk-1%
+ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
+ddp-powersgd-R        DDP with its PowerSGD hook of rank R
+noop                  no gradient travels: the most that any compression could give
+====================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+import torch.distributed as dist
+from one_pass import OnePass
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_horovod import DoubleSqueeze, OneBit, TopK
+
+NAMES = (
+    "none",
+    "fp16",
+    "onebit",
+    "onebit-server",
+    "onebit-allgather",
+    "topk",
+    "topk-P%",
+    "ddp",
+    "ddp-fp16",
+    "ddp-powersgd-R",
+    "noop",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model and an optimizer that exchange gradients."""
+
+    model: nn.Module
+    """For the forward pass."""
+    optimizer: torch.optim.Optimizer
+    bytes_sent: Callable[[], float]
+    """Bytes that this rank has sent per step: counted by DoubleSqueeze and PowerSGD, else by `ring_bytes`."""
+
+
+def ring_bytes(model: nn.Module) -> float:
+    """Bytes that each rank sends in one step for an uncompressed ring allreduce: ``2 (n-1)/n |gradients|``."""
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 2 * (hvd.size() - 1) / hvd.size() * gradients
+
+
+def reduction(sent: float, model: nn.Module) -> float | None:
+    """How many times fewer bytes than uncompressed. None where nothing is sent."""
+    return ring_bytes(model) / sent if sent else None
+
+
+def is_known(method: str) -> bool:
+    """Whether `distribute` knows the method."""
+    return (method in NAMES and method not in ("topk-P%", "ddp-powersgd-R")) or bool(_percent(method) or _rank(method))
+
+
+def _percent(method: str) -> float | None:
+    """The share in ``topk-0.1%``; None for any other method."""
+    if method == "topk":
+        return 1.0
+    if method.startswith("topk-") and method.endswith("%"):
+        try:
+            percent = float(method[len("topk-") : -1])
+        except ValueError:
+            return None
+        return percent if 0 < percent <= 100 else None
+    return None
+
+
+def _rank(method: str) -> int | None:
+    rank = method.removeprefix("ddp-powersgd-")
+    return int(rank) if rank != method and rank.isdecimal() and int(rank) > 0 else None
+
+
+def distribute(
+    method: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Iterable[tuple[str, nn.Parameter]] | None = None,
+    op: Any = hvd.Average,
+) -> Training:
+    """Makes a model and its optimizer exchange gradients. The model must be the same on all ranks already.
+
+    Parameters
+    ----------
+    method
+        One of the table above.
+    model, optimizer
+        As for one process.
+    names
+        For Horovod, where the names in the model are not enough: several optimizers in one process.
+    op
+        For Horovod.
+    """
+    if method == "noop":
+        return Training(model, optimizer, lambda: 0.0)
+    if method.startswith("ddp"):
+        return _ddp(method, model, optimizer)
+    optimizer = hvd.DistributedOptimizer(
+        optimizer, named_parameters=names or model.named_parameters(), compression=_compression(method), op=op
+    )
+
+    def bytes_sent() -> float:
+        if not hasattr(optimizer, "double_squeeze"):
+            return ring_bytes(model) / (2 if method == "fp16" else 1)
+        if isinstance(optimizer.double_squeeze, OnePass):
+            return optimizer.double_squeeze.bytes_sent()
+        stats = optimizer.double_squeeze.stats()  # empty for one rank
+        return float(stats.get("compressed_bytes_sent", 0.0) + stats.get("dense_bytes_sent", 0.0))
+
+    return Training(model, optimizer, bytes_sent)
+
+
+def _compression(method: str) -> Any:
+    percent = _percent(method)
+    if percent:
+        return DoubleSqueeze(TopK(percent / 100))
+    return {
+        "none": lambda: hvd.Compression.none,
+        "fp16": lambda: hvd.Compression.fp16,
+        "onebit": lambda: DoubleSqueeze(OneBit()),
+        "onebit-server": lambda: DoubleSqueeze(OneBit(), server=0),
+        "onebit-allgather": lambda: OnePass(OneBit()),
+    }[method]()
+
+
+def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Training:
+    _join_torch()
+    rank = _rank(method)
+    # With several buckets PowerSGD hangs on Gloo: its allreduces are not launched in the same order everywhere.
+    one_bucket = {"bucket_cap_mb": 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20} if rank else {}
+    # Horovod leaves batch statistics alone, so DDP does here.
+    ddp = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, **one_bucket)
+    if method == "ddp-fp16":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    if rank is None:
+        return Training(ddp, optimizer, lambda: ring_bytes(model) / (2 if method == "ddp-fp16" else 1))
+
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+
+    def hook(state, bucket):  # DDP looks at annotations, and does not understand those of postponed evaluation
+        if state.iter >= state.start_powerSGD_iter:
+            return powerSGD_hook.powerSGD_hook(state, bucket)
+        # PowerSGD's first steps would be uncompressed. They are no part of what is timed, and may take minutes.
+        state.maybe_increase_iter(bucket)
+        nothing = torch.futures.Future()
+        nothing.set_result(bucket.buffer().zero_())
+        return nothing
+
+    def bytes_sent() -> float:
+        _, before, after = state.compression_stats()
+        return ring_bytes(model) * after / max(1, before)
+
+    ddp.register_comm_hook(state, hook)
+    return Training(ddp, optimizer, bytes_sent)
+
+
+def _join_torch() -> None:
+    """Makes torch.distributed's group of Horovod's ranks, once."""
+    if dist.is_initialized():
+        return
+    with socket.socket() as free:
+        free.bind(("", 0))
+        meeting_point = f"tcp://{os.environ.get('HOROVOD_HOSTNAME', 'localhost')}:{free.getsockname()[1]}"
+    meeting_point = hvd.broadcast_object(meeting_point, name="benchmark.meeting_point")
+    dist.init_process_group("gloo", init_method=meeting_point, rank=hvd.rank(), world_size=hvd.size())
+
+
+def method_list(parser: argparse.ArgumentParser, flag: str, words: Sequence[str]) -> list[str]:
+    """The methods that words separated by commas or spaces name; an error of the parser for others."""
+    methods = " ".join(words).replace(",", " ").split()
+    unknown = [method for method in methods if not is_known(method)]
+    if unknown or not methods:
+        parser.error(f"argument {flag}: must name some of {', '.join(NAMES)}; got {', '.join(unknown) or 'none of them'}")
+    return methods

@@ -1,0 +1,100 @@
+"""The figures of docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from cluster import bits_per_second
+
+# Deterministic files: the same results give the same bytes.
+mpl.use("svg")
+mpl.rcParams.update(
+    {"svg.hashsalt": "ds_horovod", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+)
+
+LABELS = {
+    "none": "Horovod", "fp16": "Horovod fp16", "onebit": "DoubleSqueeze 1-bit", "topk-1%": "DoubleSqueeze top-k 1 %",
+    "topk-0.1%": "DoubleSqueeze top-k 0.1 %", "onebit-server": "DoubleSqueeze 1-bit, one server",
+    "onebit-allgather": "1-bit, one pass", "ddp": "DDP", "ddp-fp16": "DDP fp16", "ddp-powersgd-1": "DDP PowerSGD-1",
+    "ddp-powersgd-4": "DDP PowerSGD-4", "noop": "noop (nothing sent)",
+}  # fmt: skip
+_STYLES = {
+    "none": ("tab:gray", "-"), "fp16": ("tab:gray", "--"), "onebit": ("tab:blue", "-"), "topk-1%": ("tab:cyan", "-"),
+    "topk-0.1%": ("tab:green", "-"), "ddp": ("tab:red", "-"), "ddp-fp16": ("tab:red", "--"),
+    "ddp-powersgd-1": ("tab:orange", "-"), "ddp-powersgd-4": ("tab:orange", "--"), "noop": ("black", ":"),
+}  # fmt: skip
+_TOPOLOGY_STYLES = {
+    "ring": ("tab:gray", "-"),
+    "one pass": ("tab:orange", "-"),
+    "two passes": ("tab:blue", "-"),
+    "one server": ("tab:blue", ":"),
+}
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -> None:
+    """Seconds of a step over 1 / bandwidth, as in the paper: one panel for each number of hosts."""
+    of_model = [cell for cell in cells if cell["model"] == model and bits_per_second(cell["rate"])]
+    hosts = sorted({cell["hosts"] for cell in of_model})
+    figure, panels = plt.subplots(1, len(hosts), figsize=(4 * len(hosts), 4), sharey=True, squeeze=False)
+    for n, panel in zip(hosts, panels[0], strict=True):
+        here = sorted((cell for cell in of_model if cell["hosts"] == n), key=lambda cell: -(bits_per_second(cell["rate"]) or 0))
+        for method, (color, line) in _STYLES.items():
+            curve = [
+                (1e9 / (bits_per_second(cell["rate"]) or 0), r["seconds_per_step"])
+                for cell in here
+                for r in cell["results"]
+                if r["method"] == method
+            ]
+            if curve:
+                panel.plot(*zip(*curve, strict=True), line, color=color, marker=".", label=LABELS[method])
+        panel.set(title=f"{n} hosts", xlabel="1 / bandwidth (seconds for a gigabit)", yscale="log")
+    panels[0][0].set_ylabel("seconds for an iteration")
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def draw_fit(model: Mapping[str, Any], path: Path) -> None:
+    """Predicted over measured steps, for the clusters that were fitted and for those that were not."""
+    figure, panel = plt.subplots(figsize=(4.5, 4))
+    for part, color in (("fit", "tab:gray"), ("test", "tab:blue")):
+        points = model[part]
+        label = "fitted: " if part == "fit" else "predicted: "
+        label += " and ".join(str(n) for n in sorted({p["hosts"] for p in points})) + " hosts"
+        panel.scatter([p["measured"] for p in points], [p["predicted"] for p in points], s=10, color=color, label=label)
+    ends = [min(p["measured"] for p in model["fit"]), max(p["measured"] for p in model["test"])]
+    for factor in (0.75, 1, 1.25):
+        panel.plot(ends, [factor * end for end in ends], "k-" if factor == 1 else "k:", linewidth=0.7)
+    panel.set(xscale="log", yscale="log", xlabel="measured seconds for an iteration", ylabel="by the model")
+    panel.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_scaling(model: Mapping[str, Any], path: Path) -> None:
+    """Seconds that the exchange takes, over the number of hosts: a row for each size, a column for each bandwidth."""
+    drawn = model["drawn"]
+    sizes, gigabits = (sorted({d[key] for d in drawn}) for key in ("elements", "gigabits"))
+    figure, panels = plt.subplots(len(sizes), len(gigabits), figsize=(3 * len(gigabits), 2.6 * len(sizes)), sharex=True)
+    for d in drawn:
+        panel = panels[sizes.index(d["elements"])][gigabits.index(d["gigabits"])]
+        color, line = _TOPOLOGY_STYLES[d["topology"]]
+        label = {"ring": "uncompressed ring", "one pass": "1-bit, one pass", "two passes": "1-bit, two passes, sharded",
+                 "one server": "1-bit, two passes, one server"}[d["topology"]]  # fmt: skip
+        panel.plot(model["hosts"], d["seconds"], line, color=color, label=label)
+        panel.set(xscale="log", yscale="log")
+    for row, size in zip(panels, sizes, strict=True):
+        row[0].set_ylabel(f"{size / 1e6:,.0f} million parameters\nseconds")
+    for panel, rate in zip(panels[0], gigabits, strict=True):
+        panel.set_title(f"{rate} Gbit/s")
+    for panel in panels[-1]:
+        panel.set_xlabel("hosts")
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)

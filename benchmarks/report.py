@@ -1,0 +1,317 @@
+"""Writes the page of results, with its figures, from the JSON of the other benchmarks.
+
+    python benchmarks/report.py benchmarks/results docs/results.md --readme README.md
+
+It measures nothing. The same JSON gives the same text: tests compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster import UNSHAPED, bits_per_second
+from figures import LABELS, draw_bandwidth, draw_fit, draw_scaling
+
+MODELS = {
+    "mlp": "MLP, 28.3 million parameters",
+    "preact_resnet18": "PreActResNet18, 11.2 million parameters",
+    "gpt": "GPT, 3.3 million parameters",
+}
+Json = Mapping[str, Any]
+BEGIN, END = "<!-- figures from benchmarks/results: make results -->", "<!-- end of figures -->"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def where(content: Json) -> str:
+    """Machine, versions and date in one line."""
+    machine, versions = content["machine"], content["versions"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores; torch {versions['torch']}, Horovod {versions['horovod']}; "
+        f"{content['date'][:10]}; `{content['command']}`"
+    )
+
+
+def _rate_order(rate: str) -> float:
+    return -(bits_per_second(rate) or float("inf"))
+
+
+def _by_cell(content: Json) -> dict[tuple[str, int, str], dict[str, Json]]:
+    return {(c["model"], c["hosts"], c["rate"]): {r["method"]: r for r in c["results"]} for c in content["cells"]}
+
+
+def step_tables(content: Json) -> Iterator[str]:
+    """Seconds of a step, for each model and number of hosts: a row for each method, a column for each rate."""
+    cells = _by_cell(content)
+    for model in dict.fromkeys(model for model, _, _ in cells):
+        yield f"### {MODELS[model]}\n\n![Seconds of an iteration over 1/bandwidth](FIGURES/bandwidth-{model}.svg)"
+        for hosts in sorted({n for m, n, _ in cells if m == model}):
+            rates = sorted((r for m, n, r in cells if (m, n) == (model, hosts)), key=_rate_order)
+            methods = dict.fromkeys(method for rate in rates for method in cells[model, hosts, rate])
+            rows = []
+            for method in methods:
+                columns = (cells[model, hosts, rate].get(method) for rate in rates)
+                rows.append([LABELS[method], *("" if r is None else number(r["seconds_per_step"]) for r in columns)])
+            yield f"Seconds of an iteration, {hosts} hosts, batches of {content['batch_size'][model]}:\n\n" + table(
+                ["method", *rates], rows
+            )
+
+
+# What the project asks of itself: rate, method, quantity, and the bound on it.
+TARGETS = (
+    ("1gbit", "onebit", "exchange", "none", 15.0), ("1gbit", "onebit", "step", "ddp-powersgd-4", 1.0),
+    ("1gbit", "topk-1%", "step", "onebit", 1.0), ("1gbit", "topk-0.1%", "step", "ddp-powersgd-1", 1.0),
+    ("100mbit", "onebit", "exchange", "none", 26.0), ("100mbit", "topk-1%", "exchange", "none", 40.0),
+    ("100mbit", "topk-0.1%", "exchange", "none", 120.0), ("100mbit", "topk-0.1%", "step", "ddp-powersgd-1", 1.1),
+    (UNSHAPED, "onebit", "step", "none", 1.0), (UNSHAPED, "topk-1%", "step", "none", 1.0),
+    (UNSHAPED, "topk-0.1%", "step", "none", 1.0),
+)  # fmt: skip
+
+
+def target_table(content: Json) -> str:
+    """What was asked for the MLP on 4 hosts, and what was measured."""
+    cells, rows = _by_cell(content), []
+    for rate, method, quantity, other, bound in TARGETS:
+        cell = cells.get(("mlp", 4, rate))
+        if cell is None:
+            continue
+        if quantity == "exchange":
+            factor = cell[other]["seconds_above_noop"] / cell[method]["seconds_above_noop"]
+            # Below the noise of noop an exchange has no time that could be told apart from none.
+            reached = factor >= bound or factor < 0
+            asked = f"exchange >= {bound:g} times shorter than {LABELS[other]}'s"
+            found = f"{factor:.1f} times" if factor > 0 else "no longer than noop"
+        else:
+            factor = cell[method]["seconds_per_step"] / cell[other]["seconds_per_step"]
+            reached, asked, found = factor <= bound, f"iteration <= {bound:g} of {LABELS[other]}'s", f"{factor:.2f}"
+        rows.append([rate, LABELS[method], asked, found, "yes" if reached else "**no**"])
+    return table(["rate", "method", "asked", "measured", "reached"], rows)
+
+
+def bytes_table(content: Json, rate: str) -> str:
+    """Bytes on the wire beside what the exchange says it sends."""
+    cells, rows = _by_cell(content), []
+    for (model, hosts, at), cell in sorted(cells.items()):
+        if at != rate:
+            continue
+        for method in ("noop", "none", "onebit", "topk-1%", "onebit-allgather"):
+            if method not in cell:
+                continue
+            sent, wire = cell[method]["bytes_sent"], cell[method]["wire_bytes_sent"]
+            over = f"{wire / sent - 1:+.1%}" if sent else ""
+            rows.append([model, str(hosts), LABELS[method], f"{sent:,.0f}", f"{wire:,.0f}", over])
+    return table(["model", "hosts", "method", "counted by the method", "on the wire", ""], rows)
+
+
+def wire_table(content: Json) -> str:
+    """Time that a slower network adds, over what its rate says."""
+    cells, rows = _by_cell(content), []
+    for (model, hosts, rate), cell in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], _rate_order(item[0][2]))):
+        bits, fast = bits_per_second(rate), cells.get((model, hosts, UNSHAPED))
+        if bits is None or bits > 2e8 or fast is None:
+            continue
+        for method in ("none", "onebit", "topk-1%"):
+            added = cell[method]["seconds_per_step"] - fast[method]["seconds_per_step"]
+            ideal = 8 * cell[method]["wire_bytes_sent"] / bits
+            rows.append([model, str(hosts), rate, LABELS[method], number(ideal), number(added), f"{added / ideal:.2f}"])
+    return table(["model", "hosts", "rate", "method", "bytes / rate (s)", "added to the iteration (s)", "ratio"], rows)
+
+
+def model_section(model: Json) -> Iterator[str]:
+    """The cost model: prices, errors, figures, break-even."""
+    units = {
+        "collectives": "s each", "messages": "s each", "wire": "times bytes / rate", "traffic": "s a byte",
+        "reduced": "s an element", "encoded": "s an element", "decoded": "s an element",
+    }  # fmt: skip
+    rows = [[name, f"{price:.3g}", units[name]] for name, price in model["prices"].items()]
+    fitted, tested = (sorted({p["hosts"] for p in model[part]}) for part in ("fit", "test"))
+    yield (
+        f"`benchmarks/model.py` explains what an exchange does and fits a price for each part on clusters of "
+        f"{' and '.join(map(str, fitted))} hosts. It then predicts the iterations on {tested[0]} hosts with a median error of "
+        f"{model['median_error']:.0%}; the largest of {len(model['test'])} is {model['largest_error']:.0%}."
+    )
+    yield table(["part", "price", ""], rows) + "\n\n![Predicted over measured](FIGURES/model-fit.svg)"
+    worst = sorted(model["test"], key=lambda t: -abs(t["error"]))[:5]
+    yield "The largest errors:\n\n" + table(
+        ["model", "method", "rate", "measured (s)", "predicted (s)", "error"],
+        [
+            [t["model"], LABELS[t["method"]], t["rate"], number(t["measured"]), number(t["predicted"]), f"{t['error']:+.0%}"]
+            for t in worst
+        ],
+    )
+    yield (
+        "Drawn to a thousand hosts, one processor each, at most 32 buckets:\n\n"
+        "![Seconds of an exchange over hosts](FIGURES/model-scaling.svg)"
+    )
+    yield "**Break-even**: the bandwidth above which 1-bit compression does not pay, by the model:\n\n" + break_even_table(
+        model
+    )
+
+
+def break_even_table(model: Json) -> str:
+    """Bandwidths above which compression does not pay."""
+
+    def rate(bits: float | None) -> str:
+        return "none: it always pays" if bits is None else f"{bits / 1e9:.2g} Gbit/s"
+
+    rows = [
+        [f"{b['elements'] / 1e6:,g} million", str(b["hosts"]), rate(b["bits_per_second"]), rate(b["bits_per_second_wire_only"])]
+        for b in model["break_even"]
+    ]
+    return table(["parameters", "hosts", "beside Horovod on Gloo", "beside an allreduce that costs nothing but the wire"], rows)
+
+
+def loopback_table(results: Mapping[str, Json]) -> str:
+    """Several ranks on one machine."""
+    rows = []
+    for name in sorted(results):
+        for r in results[name]["results"]:
+            times = r["compression_ratio"]
+            fewer = "-" if times is None else f"{times:.0f} times fewer"
+            step, part = f"{r['seconds_per_step']:.4f}", f"{r['time_ratio']:.0%}"
+            rows.append([str(results[name]["ranks"]), LABELS.get(r["method"], r["method"]), step, part, fewer])
+    return table(["ranks", "method", "seconds of an iteration", "of uncompressed", "bytes sent"], rows)
+
+
+def kernel_table(kernels: Json) -> str:
+    """Kernels beside the floor of the memory."""
+    timed = [r for r in kernels["results"] if r["kind"] == "time"]
+    passes = dict.fromkeys(p["name"] for r in timed for p in r["passes"] if p["name"] != "floor")
+    rows = []
+    for name in passes:
+        found = [next((p for p in r["passes"] if p["name"] == name), None) for r in timed]
+        rows.append([name, *("" if p is None else f"{p['ratio']:.2f}" for p in found)])
+    header = [f"{r['elements'] / 1e6:g}M, {r['threads']} thread{'s' * (r['threads'] > 1)}" for r in timed]
+    return table(["pass", *header], rows)
+
+
+def training_table(training: Json) -> str:
+    """Accuracy of the digits."""
+    rows = [
+        [
+            r["method"],
+            f"{r['test_accuracy']:.2%}",
+            f"{1e3 * r['seconds_per_step']:.2f}",
+            "-" if r["reduction"] is None else f"{r['reduction']:.0f}x",
+        ]
+        for r in training["results"]
+    ]
+    return table(["method", "test accuracy", "milliseconds of an iteration", "fewer bytes"], rows)
+
+
+def readme_part(results: Mapping[str, Json]) -> str:
+    """What the README says in figures."""
+    content, model = results["bandwidth"], results["model"]
+    cells, rates = _by_cell(content), (UNSHAPED, "1gbit", "100mbit")
+    methods = ("none", "fp16", "onebit", "topk-1%", "topk-0.1%", "ddp", "ddp-fp16", "ddp-powersgd-1", "ddp-powersgd-4", "noop")
+    rows = [
+        [LABELS[method], *(f"{cells['mlp', 4, rate][method]['seconds_per_step']:.2f}" for rate in rates)] for method in methods
+    ]
+    return "\n\n".join(
+        [
+            "Seconds of an iteration, 28.3 million parameters, 4 hosts that share 2 cores:",
+            table(["", *rates], rows),
+            "By a cost model (iterations on 8 hosts predicted with a median error of "
+            f"{model['median_error']:.0%}), 1-bit compression pays up to these bandwidths:",
+            break_even_table(model),
+        ]
+    )
+
+
+def page(results: Mapping[str, Json]) -> str:
+    """The page; figures are where FIGURES says."""
+    parts = [
+        "# Results",
+        "Generated by `make results` from the JSON in `benchmarks/results`; do not edit. Seconds are those of the machine "
+        "named with each section: compare methods with each other, not with another machine.",
+    ]
+    if "bandwidth" in results:
+        content = results["bandwidth"]
+        parts += [
+            "## Time of an iteration over limited bandwidth",
+            f"{where(content)}; TCP: {content['network']['tcp_congestion_control']}.",
+            "Hosts are network namespaces on one machine, each behind a token bucket in both directions "
+            "(`benchmarks/cluster.py`). **They share its cores**: arithmetic, kernels and Horovod's own threads of n hosts "
+            "take turns on them, so what processors do is n / cores times as expensive as on real hosts, and what the wire "
+            "does is not. Synthetic data; medians of all steps of all hosts. *unshaped* is as fast as the kernel copies.",
+        ]
+        targets = target_table(content)
+        if targets.count("\n") > 1:
+            parts += ["### What was asked, for the MLP on 4 hosts", "*Exchange*: time above noop, in the same run.", targets]
+        parts += step_tables(content)
+        rates = {cell["rate"] for cell in content["cells"]}
+        if "1gbit" in rates:
+            parts += [
+                "### Bytes on the wire",
+                "Per host and iteration at 1gbit, mean of all hosts, as the interfaces count them, with headers. Horovod's own "
+                "coordination, which goes on every millisecond whether there is anything to do or not, is in; the row of noop "
+                "shows it. Two passes send 2 (n-1)/n payloads, one pass n-1.",
+                bytes_table(content, "1gbit"),
+            ]
+        if UNSHAPED in rates:
+            parts += [
+                "### Time on the wire",
+                "What the rate adds to the unshaped iteration, over the bytes on the wire divided by the rate. Below 1 where "
+                "the exchange hides behind arithmetic.",
+                wire_table(content),
+            ]
+    if "model" in results:
+        parts += ["## Beyond one machine", *model_section(results["model"])]
+    loopback = {name: content for name, content in results.items() if name.startswith("loopback")}
+    if loopback:
+        some = next(iter(loopback.values()))
+        parts += ["## One machine, loopback", f"28.3 million parameters. {where(some)}", loopback_table(loopback)]
+    if "kernels-cpu" in results:
+        kernels = results["kernels-cpu"]
+        parts += [
+            "## Kernels",
+            f"Time over an in-place add of the same arrays, scaled by bytes: 1 is what the memory allows. {where(kernels)}",
+            kernel_table(kernels),
+        ]
+    if "train-2" in results:
+        parts += ["## Digits", where(results["train-2"]), training_table(results["train-2"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Writes page, figures, and the part of the README between the marks."""
+    parser = argparse.ArgumentParser(description="Write the page of results.")
+    parser.add_argument("results", type=Path, help="folder with the JSON; figures go there too")
+    parser.add_argument("page", type=Path, help="Markdown to write")
+    parser.add_argument("--readme", type=Path, help="file that has a part to keep up to date")
+    args = parser.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    if not results:
+        parser.error(f"argument results: there is no JSON in {args.results}")
+    if "bandwidth" in results:
+        for model in {cell["model"] for cell in results["bandwidth"]["cells"]}:
+            draw_bandwidth(results["bandwidth"]["cells"], model, args.results / f"bandwidth-{model}.svg")
+    if "model" in results:
+        draw_fit(results["model"], args.results / "model-fit.svg")
+        draw_scaling(results["model"], args.results / "model-scaling.svg")
+    figures = os.path.relpath(args.results, args.page.parent)
+    args.page.write_text(page(results).replace("FIGURES/", f"{figures}/"))
+    if args.readme:
+        text = args.readme.read_text()
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            parser.error(f"argument --readme: {args.readme} must hold, once each, {BEGIN} and {END}")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        args.readme.write_text(f"{before}{BEGIN}\n\n{readme_part(results)}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The sweep over bandwidths: what it refuses, what it keeps, and the methods that it compares."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import bandwidth
+import pytest
+from cluster_jobs import BENCHMARKS, eventually, needs_root, processes
+from horovod_jobs import ROOT, horovodrun
+from methods import NAMES, is_known
+
+
+@pytest.mark.parametrize("method", [*bandwidth.METHODS, "topk", "topk-100%", "ddp-powersgd-16"])
+def test_known_methods(method):
+    assert is_known(method)
+    family = method if method in NAMES else "topk-P%" if method.startswith("topk") else "ddp-powersgd-R"
+    assert family in NAMES
+
+
+@pytest.mark.parametrize("method", ["", "NONE", "topk-P%", "topk-0%", "topk-101%", "topk-1", "topk-x%", "topk-nan%",
+                                    "ddp-powersgd-R", "ddp-powersgd-0", "ddp-powersgd", "onebit-4"])  # fmt: skip
+def test_unknown_methods(method):
+    assert not is_known(method)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "noop", "gzip"], "argument --methods: must name some of none, fp16, onebit"),
+        (["--methods", "none"], "argument --methods: noop must be among them"),
+        (["--rates", "1gbit", "56k"], "argument --rates: must be unshaped, or from 100kbit"),
+        (["--hosts", "2", "1"], "argument --hosts: must be from 2 to 200, got 1"),
+        (["--models", "vgg"], "argument --models: invalid choice: 'vgg'"),
+        (["--rounds", "0"], "argument --rounds: must be over 0"),
+        (["--json", "/no/such/folder/x.json"], "argument --json: cannot be written"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bandwidth.py", "--json", str(tmp_path / "x.json"), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        bandwidth.parse_arguments()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text('{"results": []}')
+    with pytest.raises(ValueError, match="holds no results of this benchmark"):
+        bandwidth.Results(file, {})
+    assert file.read_text() == '{"results": []}'
+
+
+def test_results_are_kept_and_not_measured_again(tmp_path):
+    file = tmp_path / "x.json"
+    cells = [("mlp", 2, "1gbit"), ("mlp", 4, "1gbit")]
+    first = bandwidth.Results(file, {"date": "first"})
+    assert first.missing(cells, ["noop"]) == cells
+    first.add(cells[0], results=[{"method": "noop", "seconds_per_step": 1.0}])
+
+    second = bandwidth.Results(file, {"date": "second"})
+    assert second.missing(cells, ["noop"]) == cells[1:]
+    assert second.missing(cells, ["noop", "none"]) == cells
+    second.add(cells[1], results=[{"method": "noop", "seconds_per_step": 2.0}])
+    second.add(cells[0], results=[{"method": "noop", "seconds_per_step": 3.0}])
+
+    content = json.loads(file.read_text())
+    assert content["date"] == "second"
+    assert {c["hosts"]: c["results"][0]["seconds_per_step"] for c in content["cells"]} == {2: 3.0, 4: 2.0}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_rounds_become_medians_and_times_above_noop():
+    def measurement(method, seconds, sent):
+        return {"method": method, "seconds_per_step": seconds, "steps": 2, "bytes_sent": sent, "wire_bytes_sent": sent + 1}
+
+    rounds = [measurement("noop", s, 0) for s in (1.0, 5.0, 2.0)] + [measurement("none", s, 8) for s in (4.0, 9.0, 3.0)]
+    noop, none = bandwidth.combine(rounds, ["noop", "none"])
+    assert (noop["seconds_per_step"], noop["seconds_above_noop"]) == (2.0, 0.0)
+    assert (none["seconds_per_step"], none["seconds_above_noop"]) == (4.0, 2.0)
+    assert none["seconds_by_round"] == [4.0, 9.0, 3.0] and none["steps"] == 6
+    assert (none["bytes_sent"], none["wire_bytes_sent"]) == (8, 9)
+
+
+@needs_root
+def test_when_a_host_dies_the_results_so_far_are_kept(tmp_path):
+    file = tmp_path / "x.json"
+    arguments = ["--models", "gpt", "--hosts", "2", "--rates", "1gbit", "200kbit", "--methods", "noop", "none"]
+    sweep = subprocess.Popen(
+        [sys.executable, str(BENCHMARKS / "bandwidth.py"), "--json", str(file), "--seconds", "0.1", *arguments],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert eventually(file.exists, 120)
+        kept = file.read_text()
+        mark = "gpt\0--batch-size"  # of the ranks: at 200kbit they cannot be done before they are found
+        assert eventually(lambda: sum("200kbit" not in _command(p) for p in processes(mark)) >= 2, 60)
+        victim = next(p for p in processes(mark) if _command(p).startswith(sys.executable) and "cluster.py" not in _command(p))
+        os.kill(victim, signal.SIGKILL)
+        _, errors = sweep.communicate(timeout=120)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 1
+    assert "bandwidth: gpt on 2 hosts at 200kbit has failed" in errors and "failed with exit status 137" in errors
+    assert file.read_text() == kept and len(json.loads(kept)["cells"]) == 1
+    assert eventually(lambda: not processes("step_times.py"))
+
+
+def _command(process):
+    try:
+        with open(f"/proc/{process}/cmdline") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def test_all_methods_train_the_same_replicas():
+    """Under horovodrun, where no interface is a host's own. `step_times.py` fails where replicas differ."""
+    methods = [method for method in bandwidth.METHODS if method != "noop"]
+    output = horovodrun(2, "benchmarks/step_times.py", *methods, "--model", "gpt", "--batch-size", "1", "--max-steps", "2")
+    results = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '"method"' in line]
+    assert [r["method"] for r in results] == methods
+    assert all(r["wire_bytes_sent"] is None and r["bytes_sent"] > 0 and r["seconds_per_step"] > 0 for r in results)

@@ -22,6 +22,7 @@ from .double_squeeze import DoubleSqueeze
 from .transport import HorovodTransport
 
 _SUPPORTED = "0.28.1"
+_SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
 _optimizers = itertools.count()  # ranks make their optimizers in the same order, so this names them alike
 
 
@@ -99,6 +100,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
         name = f"doublesqueeze.{next(_optimizers)}"
+        self._double_squeeze_small = _SmallGradients()
         self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
@@ -107,41 +109,78 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
+class _SmallGradients:
+    """Small gradients that are not compressed. They wait for the end of backward and leave together.
+
+    Horovod then fuses them into one allreduce. One after the other, each would cost as much latency as a large one.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._handles: dict[Tensor, Any] = {}
+
+    def add(self, p: Tensor) -> None:
+        self._waiting.append(p)
+
+    def depart(self, send: Callable[[Tensor], Any]) -> None:
+        self._handles.update((p, send(p)) for p in self._waiting)
+        self._waiting.clear()
+
+    def result(self, p: Tensor) -> Any:
+        return _result(self._handles.pop(p))
+
+    def forget(self) -> None:
+        self._waiting.clear()
+        self._handles.clear()
+
+
+def _result(handle: Any) -> Any:
+    return handle() if callable(handle) else hvd.synchronize(handle)
+
+
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Any, Any]:
         session = self._double_squeeze_session
         if session is None:
             return original(self, p)  # type: ignore[no-any-return]
-        if not self._handles:
-            session.abandon()  # a new step: what is still under way was dropped by optimizer.load_state_dict
+        small = self._double_squeeze_small
+        if not self._handles:  # a new step: what is still under way was dropped by optimizer.load_state_dict
+            session.abandon()
+            small.forget()
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
-        if session.meet(p):
+        compressed = session.meet(p)
+        dense = None
+        if compressed:
             session.ready(p)
-            return functools.partial(session.finish, p), None
-        handle, context = _dense(self, p, original)
-        if session.started:
-            return handle, context
+        elif not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES:
+            small.add(p)
+        else:
+            dense = _dense(self, p, original)
 
-        def after_agreement() -> Any:
+        def result() -> Any:
             session.start()
-            return handle() if callable(handle) else hvd.synchronize(handle)
+            small.depart(lambda q: _dense(self, q, original))
+            session.drain()
+            if compressed:
+                return session.finish(p)
+            return small.result(p) if dense is None else _result(dense)
 
-        return after_agreement, context
+        return result, None
 
     return _allreduce_grad_async
 
 
-def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any, Any]:
-    """Horovod's own path, by way of a copy for what it refuses: bfloat16 and gradients that are not contiguous."""
+def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:
+    """Sends a gradient on Horovod's own path; by way of a copy what that refuses: bfloat16, or not contiguous."""
     gradient = p.grad
     assert gradient is not None
     if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
-        return original(self, p)  # type: ignore[no-any-return]
+        return original(self, p)[0]
     copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype)
     handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op)
-    return lambda: gradient.copy_(hvd.synchronize(handle)), None
+    return lambda: gradient.copy_(hvd.synchronize(handle))
 
 
 def _refuse_adasum(original: Callable[..., None]) -> Callable[..., None]:

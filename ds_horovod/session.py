@@ -200,7 +200,7 @@ class Session(Generic[Handle]):
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.start()
-        self._drain()
+        self.drain()
         if p in self._arrived:
             bucket = self._bucket_of[p]
             waits_for = [n for n, q in zip(bucket.names, bucket.parameters, strict=True) if q not in self._arrived]
@@ -223,6 +223,25 @@ class Session(Generic[Handle]):
         for p in [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]:
             self.ready(p)
 
+    def drain(self) -> None:
+        """Returns when nothing is under way.
+
+        It naps where hvd.synchronize would spin on the core that Horovod needs: the longer it has waited, the longer,
+        so that looking costs little and a late look delays the step by a few per cent of the wait at most.
+        """
+        start = time.perf_counter()
+        passes = self.totals.pass_seconds
+        try:
+            while self._journeys:
+                self.poll()
+                if self._journeys:
+                    waited = time.perf_counter() - start
+                    time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
+        except BaseException:
+            self._journeys.clear()  # a collective has failed: there is nothing to wait for
+            raise
+        self.totals.wait_seconds += time.perf_counter() - start - (self.totals.pass_seconds - passes)
+
     def abandon(self) -> None:
         """Forgets the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
 
@@ -231,7 +250,7 @@ class Session(Generic[Handle]):
         for journey in self._journeys:
             journey.flight.drop()
             journey.copies.clear()
-        self._drain()
+        self.drain()
         self._arrived.clear()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
@@ -275,25 +294,6 @@ class Session(Generic[Handle]):
             "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],
             "sparse parameters": sorted(self.sparse),
         }
-
-    def _drain(self) -> None:
-        """Returns when nothing is under way.
-
-        It naps where hvd.synchronize would spin on the core that Horovod needs: the longer it has waited, the longer,
-        so that looking costs little and a late look delays the step by a few per cent of the wait at most.
-        """
-        start = time.perf_counter()
-        passes = self.totals.pass_seconds
-        try:
-            while self._journeys:
-                self.poll()
-                if self._journeys:
-                    waited = time.perf_counter() - start
-                    time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
-        except BaseException:
-            self._journeys.clear()  # a collective has failed: there is nothing to wait for
-            raise
-        self.totals.wait_seconds += time.perf_counter() - start - (self.totals.pass_seconds - passes)
 
     def _launch(self, bucket: Bucket[Handle]) -> None:
         travelling, copies = [], []

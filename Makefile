@@ -1,18 +1,34 @@
 # make train   set everything up, then train real data under horovodrun
 # make test    set everything up, then run all tests
+# make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and 2 hours for all of it
+# make results-quick  the same with small models and few steps, in build/results: whether it works, not how fast
 #
 # Variables: PYTHON (interpreter for the virtual environment), TORCH (what pip installs; add an index to choose a build),
-# NP (ranks of `make train`), ARGS (options of what is run). HOROVOD_* environment variables reach Horovod's build.
+# NP (ranks of `make train`), ARGS (options of what is run), RESULTS (where JSON and figures are kept).
+# HOROVOD_* environment variables reach Horovod's build.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NP ?= 2
 VENV ?= .venv
+RESULTS ?= benchmarks/results
 
 bin := $(VENV)/bin
 kernels := $(wildcard csrc/cpu/*)
 
-.PHONY: train test setup lint kernels clean
+ifdef QUICK
+page := $(RESULTS)/results.md
+kernel_args := --elements 1000000 --threads 1 --rounds 3
+loopback_args := --num-warmup-batches 1 --num-batches-per-iter 1 --num-iters 2
+train_args := --epochs 2
+bandwidth_args := --quick
+else
+page := docs/results.md
+loopback_args := --num-warmup-batches 3 --num-batches-per-iter 4 --num-iters 6
+report_args := --readme README.md
+endif
+
+.PHONY: train test setup lint kernels results results-quick clean
 
 train: setup
 	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py $(ARGS)
@@ -29,6 +45,27 @@ lint: setup
 
 kernels: setup
 	$(bin)/python benchmarks/kernels.py $(ARGS)
+
+results: setup $(addprefix $(RESULTS)/,kernels-cpu.json loopback-mlp-2.json loopback-mlp-4.json train-2.json)
+	$(bin)/python benchmarks/bandwidth.py --json $(RESULTS)/bandwidth.json $(bandwidth_args)
+	$(bin)/python benchmarks/model.py $(RESULTS)/bandwidth.json --json $(RESULTS)/model.json
+	$(bin)/python benchmarks/report.py $(RESULTS) $(page) $(report_args)
+
+results-quick: setup
+	rm -rf build/results
+	mkdir -p build/results
+	$(MAKE) results RESULTS=build/results QUICK=1
+
+# Without prerequisites: to measure again, delete the file.
+$(RESULTS)/kernels-cpu.json:
+	$(bin)/python benchmarks/kernels.py $(kernel_args) --json $@
+
+$(RESULTS)/loopback-mlp-%.json:
+	$(bin)/horovodrun -np $* --gloo $(bin)/python benchmarks/synthetic.py --threads 1 $(loopback_args) \
+		--compare none onebit topk noop --json $@
+
+$(RESULTS)/train-%.json:
+	$(bin)/horovodrun -np $* --gloo $(bin)/python benchmarks/train.py $(train_args) --json $@
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ds_horovod needs Python 3.10 or later: make PYTHON=...")'

@@ -37,6 +37,9 @@ QUICK = {"models": ["gpt"], "hosts": [2, 4, 8], "rates": ["1gbit", "100mbit"], "
 BATCH_SIZE = {"mlp": 32, "preact_resnet18": 4, "gpt": 2}
 """Of each host. Small, since all hosts share the cores of one machine: compute must not hide what is measured."""
 
+COMPARABLE = ("machine", "versions", "environment", "network", "batch_size")
+"""What must be the same for all results of a file."""
+
 Cell = tuple[str, int, str]
 """Model, hosts, rate."""
 
@@ -77,7 +80,7 @@ class Results:
     Raises
     ------
     ValueError
-        The file is something else.
+        The file is something else, or what it holds was measured elsewhere or otherwise: times of one file are compared.
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
@@ -87,8 +90,12 @@ class Results:
             try:
                 before = json.loads(path.read_text())
                 self._content["cells"] = before["cells"]
+                different = [key for key in COMPARABLE if key in origin and before[key] != origin[key]]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} holds no results of this benchmark: {error!r}; name another file") from error
+            if different:
+                found = ", ".join(f"{key} {before[key]} there, {origin[key]} here" for key in different)
+                raise ValueError(f"{path} cannot be continued: {found}; name another file")
 
     def missing(self, cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
         """The cells that are not there with all methods."""

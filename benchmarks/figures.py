@@ -82,7 +82,8 @@ def draw_scaling(model: Mapping[str, Any], path: Path) -> None:
     """Seconds that the exchange takes, over the number of hosts: a row for each size, a column for each bandwidth."""
     drawn = model["drawn"]
     sizes, gigabits = (sorted({d[key] for d in drawn}) for key in ("elements", "gigabits"))
-    figure, panels = plt.subplots(len(sizes), len(gigabits), figsize=(3 * len(gigabits), 2.6 * len(sizes)), sharex=True)
+    shape = (len(sizes), len(gigabits))
+    figure, panels = plt.subplots(*shape, figsize=(3 * shape[1], 2.6 * shape[0]), sharex=True, sharey="row")
     for d in drawn:
         panel = panels[sizes.index(d["elements"])][gigabits.index(d["gigabits"])]
         color, line = _TOPOLOGY_STYLES[d["topology"]]

@@ -53,6 +53,13 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     assert file.read_text() == '{"results": []}'
 
 
+def test_results_of_another_machine_are_not_mixed_in(tmp_path):
+    file = tmp_path / "x.json"
+    bandwidth.Results(file, {"machine": {"cores": 2}}).add(("mlp", 2, "1gbit"), results=[])
+    with pytest.raises(ValueError, match=r"cannot be continued: machine \{'cores': 2\} there, \{'cores': 4\} here"):
+        bandwidth.Results(file, {"machine": {"cores": 4}})
+
+
 def test_results_are_kept_and_not_measured_again(tmp_path):
     file = tmp_path / "x.json"
     cells = [("mlp", 2, "1gbit"), ("mlp", 4, "1gbit")]

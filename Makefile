@@ -1,6 +1,7 @@
 # make train   set everything up, then train real data under horovodrun
 # make test    set everything up, then run all tests
-# make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and 2 hours for all of it
+# make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and 2 hours for all of it.
+#               What another machine has measured cannot be continued: RESULTS=FOLDER begins anew
 # make results-quick  the same with small models and few steps, in build/results: whether it works, not how fast
 #
 # Variables: PYTHON (interpreter for the virtual environment), TORCH (what pip installs; add an index to choose a build),
@@ -16,17 +17,22 @@ RESULTS ?= benchmarks/results
 bin := $(VENV)/bin
 kernels := $(wildcard csrc/cpu/*)
 
-ifdef QUICK
 page := $(RESULTS)/results.md
+ifdef QUICK
 kernel_args := --elements 1000000 --threads 1 --rounds 3
 loopback_args := --num-warmup-batches 1 --num-batches-per-iter 1 --num-iters 2
 train_args := --epochs 2
 bandwidth_args := --quick
 else
-page := docs/results.md
 loopback_args := --num-warmup-batches 3 --num-batches-per-iter 4 --num-iters 6
+ifeq ($(RESULTS),benchmarks/results)
+page := docs/results.md
 report_args := --readme README.md
 endif
+endif
+
+# Benchmarks that run side by side measure each other.
+.NOTPARALLEL:
 
 .PHONY: train test setup lint kernels results results-quick clean
 
@@ -53,18 +59,20 @@ results: setup $(addprefix $(RESULTS)/,kernels-cpu.json loopback-mlp-2.json loop
 
 results-quick: setup
 	rm -rf build/results
-	mkdir -p build/results
 	$(MAKE) results RESULTS=build/results QUICK=1
 
-# Without prerequisites: to measure again, delete the file.
-$(RESULTS)/kernels-cpu.json:
+# Without other prerequisites: to measure again, delete the file.
+$(RESULTS):
+	mkdir -p $@
+
+$(RESULTS)/kernels-cpu.json: | $(RESULTS)
 	$(bin)/python benchmarks/kernels.py $(kernel_args) --json $@
 
-$(RESULTS)/loopback-mlp-%.json:
+$(RESULTS)/loopback-mlp-%.json: | $(RESULTS)
 	$(bin)/horovodrun -np $* --gloo $(bin)/python benchmarks/synthetic.py --threads 1 $(loopback_args) \
 		--compare none onebit topk noop --json $@
 
-$(RESULTS)/train-%.json:
+$(RESULTS)/train-%.json: | $(RESULTS)
 	$(bin)/horovodrun -np $* --gloo $(bin)/python benchmarks/train.py $(train_args) --json $@
 
 $(VENV)/torch:

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ METHODS = (
     "noop", "none", "fp16", "onebit", "topk-1%", "topk-0.1%", "onebit-server", "onebit-allgather",
     "ddp", "ddp-fp16", "ddp-powersgd-1", "ddp-powersgd-4",
 )  # fmt: skip
-FULL = {"models": ["mlp", "preact_resnet18"], "hosts": [2, 4, 8], "seconds": 3.0, "max_steps": 20}
+FULL = {"models": ["mlp", "preact_resnet18"], "hosts": [2, 4, 8], "seconds": 2.0, "max_steps": 20}
 FULL["rates"] = ["unshaped", "10gbit", "1gbit", "500mbit", "200mbit", "100mbit"]
 QUICK = {"models": ["gpt"], "hosts": [2, 4, 8], "rates": ["1gbit", "100mbit"], "seconds": 0.3, "max_steps": 3}
 BATCH_SIZE = {"mlp": 32, "preact_resnet18": 4, "gpt": 2}
@@ -39,6 +40,10 @@ BATCH_SIZE = {"mlp": 32, "preact_resnet18": 4, "gpt": 2}
 
 COMPARABLE = ("machine", "versions", "environment", "network", "batch_size")
 """What must be the same for all results of a file."""
+SETTINGS = ("seconds", "max_steps")
+"""What must be the same for a cell that is not measured again; it may have more rounds."""
+PATIENCE_SECONDS = 900.0
+"""How long one measurement may take. An exchange that hangs would stop the sweep."""
 
 Cell = tuple[str, int, str]
 """Model, hosts, rate."""
@@ -55,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rates", nargs="+", help=f"of each host in each direction (default: {' '.join(FULL['rates'])})")
     add("--methods", nargs="+", default=METHODS, help=f"noop among them (default: {' '.join(METHODS)})".replace("%", "%%"))
     add("--rounds", type=positive(int), default=1, help="measure every method so often in each run (default: 1)")
-    add("--seconds", type=positive(float), help="how long to measure each method in each round, roughly (default: 3)")
+    add("--seconds", type=positive(float), help="how long to measure each method in each round, roughly (default: 2)")
     args = parser.parse_args()
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name, None) is None:
@@ -97,15 +102,21 @@ class Results:
                 found = ", ".join(f"{key} {before[key]} there, {origin[key]} here" for key in different)
                 raise ValueError(f"{path} cannot be continued: {found}; name another file")
 
-    def missing(self, cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
-        """The cells that are not there with all methods."""
-        held = {(c["model"], c["hosts"], c["rate"]): {r["method"] for r in c["results"]} for c in self._content["cells"]}
-        return [cell for cell in cells if not held.get(cell, set()) >= set(methods)]
+    def missing(self, cells: Sequence[Cell], methods: Sequence[str], settings: Mapping[str, float]) -> dict[Cell, list[str]]:
+        """The cells to measure, each with its methods: what is asked for, and what the cell has and would lose."""
+        todo = {}
+        for cell in cells:
+            held = next((c for c in self._content["cells"] if _key(c) == cell), None)
+            has = [r["method"] for r in held["results"]] if held else []
+            as_asked = held and held["rounds"] >= settings["rounds"] and all(held[s] == settings[s] for s in SETTINGS)
+            if not as_asked or not set(methods) <= set(has):
+                todo[cell] = [*methods, *(method for method in has if method not in methods)]
+        return todo
 
     def add(self, cell: Cell, **entry: Any) -> None:
         """Writes a cell, in place of an older one."""
         model, hosts, rate = cell
-        others = [c for c in self._content["cells"] if (c["model"], c["hosts"], c["rate"]) != cell]
+        others = [c for c in self._content["cells"] if _key(c) != cell]
         self._content["cells"] = [*others, {"model": model, "hosts": hosts, "rate": rate, **entry}]
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
             file.write(json.dumps(self._content, indent=1) + "\n")
@@ -113,18 +124,22 @@ class Results:
         os.replace(file.name, self._path)
 
 
-def measure(cell: Cell, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _key(entry: Mapping[str, Any]) -> Cell:
+    return entry["model"], entry["hosts"], entry["rate"]
+
+
+def measure(cell: Cell, methods: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs a cluster and yields its measurements as they come.
 
     Raises
     ------
     ClusterError
-        It has failed; the end of what it has said is in the message.
+        It has failed, and the end of what it has said is in the message; or it hangs.
     """
     model, hosts, rate = cell
     here = Path(__file__).parent
     command = [sys.executable, str(here / "cluster.py"), "--hosts", str(hosts), "--rate", rate, "--"]
-    command += [sys.executable, str(here / "step_times.py"), *args.methods, "--model", model]
+    command += [sys.executable, str(here / "step_times.py"), *methods, "--model", model]
     command += ["--batch-size", str(BATCH_SIZE[model]), "--rounds", str(args.rounds)]
     command += ["--seconds", str(args.seconds), "--max-steps", str(args.max_steps)]
     with tempfile.TemporaryFile("w+") as said:
@@ -132,21 +147,38 @@ def measure(cell: Cell, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             command, stdout=subprocess.PIPE, stderr=said, text=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
         )
         assert process.stdout is not None
+        hangs = threading.Event()
+
+        def give_up() -> None:
+            hangs.set()
+            process.terminate()
+
+        timer = threading.Timer(PATIENCE_SECONDS, give_up)
         try:
-            for line in process.stdout:
+            while True:
+                timer = threading.Timer(PATIENCE_SECONDS, give_up)
+                timer.start()
+                line = process.stdout.readline()
+                timer.cancel()
+                if not line:
+                    break
                 if line.startswith("{"):
                     yield json.loads(line)
+            if hangs.is_set():
+                raise ClusterError(f"{model} on {hosts} hosts at {rate} has said nothing for {PATIENCE_SECONDS:g} seconds")
             if process.wait():
                 said.seek(0)
                 raise ClusterError(f"{model} on {hosts} hosts at {rate} has failed:\n{said.read()[-3000:].strip()}")
         finally:
+            timer.cancel()
             process.terminate()
             process.wait()
 
 
 def combine(measurements: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry for each method: medians of its rounds, and its time above noop."""
+    """One entry for each method: medians of its rounds, and its time above noop of the same round."""
     results: list[dict[str, Any]] = []
+    noop = {m["round"]: m["seconds_per_step"] for m in measurements if m["method"] == "noop"}
     for method in methods:
         rounds = [m for m in measurements if m["method"] == method]
         results.append(
@@ -154,21 +186,22 @@ def combine(measurements: Sequence[Mapping[str, Any]], methods: Sequence[str]) -
                 "method": method,
                 "seconds_per_step": statistics.median(m["seconds_per_step"] for m in rounds),
                 "seconds_by_round": [m["seconds_per_step"] for m in rounds],
+                "seconds_above_noop": statistics.median(m["seconds_per_step"] - noop[m["round"]] for m in rounds),
                 "steps": sum(m["steps"] for m in rounds),
                 "bytes_sent": rounds[-1]["bytes_sent"],
+                "wire_seconds": statistics.median(m["wire_seconds"] for m in rounds),
                 "wire_bytes_sent": statistics.median(m["wire_bytes_sent"] for m in rounds),
             }
         )
-    noop = next(r["seconds_per_step"] for r in results if r["method"] == "noop")
-    for result in results:
-        result["seconds_above_noop"] = result["seconds_per_step"] - noop
     return results
 
 
 def network_settings() -> dict[str, str]:
-    """What the kernel's TCP does here; the hosts inherit it."""
+    """What TCP does on a host: a new network namespace takes it from the machine, not from this process's namespace."""
     names = ("tcp_congestion_control", "tcp_slow_start_after_idle", "tcp_rmem", "tcp_wmem")
-    return {name: " ".join(Path("/proc/sys/net/ipv4", name).read_text().split()) for name in names}
+    command = ["unshare", "--net", "cat", *(f"/proc/sys/net/ipv4/{name}" for name in names)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: " ".join(line.split()) for name, line in zip(names, lines, strict=True)}
 
 
 def main() -> None:
@@ -176,19 +209,21 @@ def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     environment = {name: value for name, value in os.environ.items() if name.startswith("HOROVOD_")}
-    origin = {**provenance(args), "environment": environment, "network": network_settings(), "batch_size": BATCH_SIZE}
     try:
         require_privileges()
+        origin = {**provenance(args), "environment": environment, "network": network_settings(), "batch_size": BATCH_SIZE}
         results = Results(args.json, origin)
-        cells = results.missing(list(itertools.product(args.models, args.hosts, args.rates)), args.methods)
-        with tqdm(total=len(cells) * len(args.methods) * args.rounds, unit="measurement") as bar:
-            for cell in cells:
+        settings = {name: getattr(args, name) for name in ("rounds", *SETTINGS)}
+        cells = results.missing(list(itertools.product(args.models, args.hosts, args.rates)), args.methods, settings)
+        with tqdm(total=sum(map(len, cells.values())) * args.rounds, unit="measurement") as bar:
+            for cell, methods in cells.items():
                 measurements = []
-                for measurement in measure(cell, args):
+                for measurement in measure(cell, methods, args):
                     measurements.append(measurement)
                     bar.set_description("{} on {} hosts at {}".format(*cell))
                     bar.update()
-                results.add(cell, date=origin["date"], command=origin["command"], results=combine(measurements, args.methods))
+                source = {key: origin[key] for key in ("date", "commit", "command")}
+                results.add(cell, **source, **settings, results=combine(measurements, methods))
     except (ClusterError, ValueError) as error:
         sys.exit(f"bandwidth: {error}")
 

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+from horovod.runner.http.http_server import RendezvousServer
+
 UNSHAPED = "unshaped"
 INTERFACE = "eth0"
 MAX_HOSTS = 200
@@ -33,6 +36,8 @@ _SWITCH = f"{_NETWORK}.254"
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _QUEUE_BYTES = 2**28  # a short queue drops packets, and TCP may wait 200 ms before it sends them again
 _GRACE_SECONDS = 15.0  # for the other hosts to notice that one has failed, and to say so
+_OWN_PROCESSES = ("--pid", "--fork", "--kill-child", "--mount-proc")
+_MARK = "DS_HOROVOD_CLUSTER"  # in the environment of what runs on a host
 _CLONE_NEWUTS, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x04000000, 0x40000000, 1  # linux/sched.h, linux/prctl.h
 
 
@@ -74,9 +79,7 @@ def interface_bytes(interface: str) -> tuple[int, int]:
 
 def bytes_on_the_wire() -> int | None:
     """Bytes that this host of a cluster has sent so far. None where this process does not run in a cluster."""
-    if not os.environ.get("HOROVOD_HOSTNAME", "").startswith(_NETWORK):
-        return None
-    return interface_bytes(INTERFACE)[0]
+    return interface_bytes(INTERFACE)[0] if _MARK in os.environ else None
 
 
 def require_privileges() -> None:
@@ -90,9 +93,12 @@ def require_privileges() -> None:
     missing = [tool for tool in ("ip", "tc", "nsenter", "unshare") if shutil.which(tool) is None]
     if missing:
         raise ClusterError(f"cannot find {', '.join(missing)}: install iproute2 and util-linux")
-    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+    probe = ["unshare", "--net", "--uts", *_OWN_PROCESSES, "ip", "link", "add", "probe", "type", "bridge"]
+    result = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if result.returncode:
         raise ClusterError(
-            "network namespaces need root: use sudo, or a container with the capabilities SYS_ADMIN and NET_ADMIN"
+            "network namespaces need root: use sudo, or a container with the capabilities SYS_ADMIN and NET_ADMIN that may "
+            f"mount /proc ({result.stderr.strip()})"
         )
 
 
@@ -159,9 +165,11 @@ def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -
 
     # A process namespace ends with its first process: nothing that the command starts can outlive the host.
     script = 'read -r _ && "$@" </dev/null; exit $?'
-    own_processes = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
     process = subprocess.Popen(
-        [*own_processes, "sh", "-c", script, "sh", *command], stdin=subprocess.PIPE, env=environment, preexec_fn=enter
+        ["unshare", *_OWN_PROCESSES, "--", "sh", "-c", script, "sh", *command],
+        stdin=subprocess.PIPE,
+        env=environment,
+        preexec_fn=enter,
     )
     return Host(index, process, os.open(f"/proc/{process.pid}/ns/net", os.O_RDONLY))
 
@@ -197,9 +205,6 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
     ClusterError
         Something is missing, or a step fails.
     """
-    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-    from horovod.runner.http.http_server import RendezvousServer
-
     require_privileges()
     _libc("unshare", _CLONE_NEWNET)
     _run("ip", "link", "add", "switch", "type", "bridge")
@@ -210,29 +215,10 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
     running: list[Host] = []
     server = RendezvousServer(0)
     try:
-        slots = get_host_assignments(parse_hosts(",".join(f"{_address(i)}:1" for i in range(hosts))), hosts)
-        port = server.start()
-        server.init(slots)
-        for slot in slots:
-            job = {
-                "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
-                "CROSS_RANK": slot.cross_rank, "CROSS_SIZE": slot.cross_size, "HOSTNAME": slot.hostname,
-                "GLOO_RENDEZVOUS_ADDR": _SWITCH, "GLOO_RENDEZVOUS_PORT": port, "GLOO_IFACE": INTERFACE,
-                "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
-            }  # fmt: skip
-            environment = {
-                # The hosts share the cores of this machine.
-                "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // hosts)),
-                "GLOO_SOCKET_IFNAME": INTERFACE,  # for torch.distributed
-                **os.environ,
-                **{f"HOROVOD_{key}": str(value) for key, value in job.items()},
-            }
-            running.append(_start(slot.rank, command, environment))
-            _connect(running[-1], rate)
-        for host in running:
-            assert host.process.stdin is not None
-            host.process.stdin.write(b"\n")
-            host.process.stdin.close()
+        try:
+            _build(running, server, hosts, rate, command)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ClusterError(f"a host has ended before all were ready: {error}") from error
         yield running
     finally:
         for host in running:
@@ -241,6 +227,34 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
             host.process.wait()
             os.close(host.namespace)
         server.stop()
+
+
+def _build(running: list[Host], server: RendezvousServer, hosts: int, rate: str, command: Sequence[str]) -> None:
+    """Adds hosts to those that are running, then lets all start the command."""
+    slots = get_host_assignments(parse_hosts(",".join(f"{_address(i)}:1" for i in range(hosts))), hosts)
+    port = server.start()
+    server.init(slots)
+    for slot in slots:
+        job = {
+            "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
+            "CROSS_RANK": slot.cross_rank, "CROSS_SIZE": slot.cross_size, "HOSTNAME": slot.hostname,
+            "GLOO_RENDEZVOUS_ADDR": _SWITCH, "GLOO_RENDEZVOUS_PORT": port, "GLOO_IFACE": INTERFACE,
+            "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo",
+        }  # fmt: skip
+        environment = {
+            # The hosts share the cores of this machine.
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // hosts)),
+            "GLOO_SOCKET_IFNAME": INTERFACE,  # for torch.distributed
+            _MARK: "1",
+            **os.environ,
+            **{f"HOROVOD_{key}": str(value) for key, value in job.items()},
+        }
+        running.append(_start(slot.rank, command, environment))
+        _connect(running[-1], rate)
+    for host in running:
+        assert host.process.stdin is not None
+        host.process.stdin.write(b"\n")
+        host.process.stdin.close()
 
 
 def wait(hosts: Sequence[Host]) -> Host | None:
@@ -279,7 +293,8 @@ def main() -> None:
         parser.error(f"argument COMMAND: cannot find {args.command[0]!r}")
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
     try:
         with cluster(args.hosts, args.rate, args.command) as hosts:
             failed = wait(hosts)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -56,6 +57,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
         "settings": {key: value for key, value in vars(args).items() if key != "json"},
         "machine": {
             "processor": _processor(),
@@ -68,6 +70,17 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
             **{package: version(package) for package in ("torch", "horovod", "ds_horovod")},
         },
     }
+
+
+def _commit() -> str | None:
+    """Of the working tree, with a plus where it has changes; None where it is none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results"], check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changed.returncode)
 
 
 def _processor() -> str:

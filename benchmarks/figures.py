@@ -35,6 +35,11 @@ _TOPOLOGY_STYLES = {
 }
 
 
+def label(method: str) -> str:
+    """What a reader is told that a method is."""
+    return LABELS.get(method, method)
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
@@ -44,6 +49,8 @@ def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -
     """Seconds of a step over 1 / bandwidth, as in the paper: one panel for each number of hosts."""
     of_model = [cell for cell in cells if cell["model"] == model and bits_per_second(cell["rate"])]
     hosts = sorted({cell["hosts"] for cell in of_model})
+    if not hosts:
+        return
     figure, panels = plt.subplots(1, len(hosts), figsize=(4 * len(hosts), 4), sharey=True, squeeze=False)
     for n, panel in zip(hosts, panels[0], strict=True):
         here = sorted((cell for cell in of_model if cell["hosts"] == n), key=lambda cell: -(bits_per_second(cell["rate"]) or 0))
@@ -55,7 +62,7 @@ def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -
                 if r["method"] == method
             ]
             if curve:
-                panel.plot(*zip(*curve, strict=True), line, color=color, marker=".", label=LABELS[method])
+                panel.plot(*zip(*curve, strict=True), line, color=color, marker=".", label=label(method))
         panel.set(title=f"{n} hosts", xlabel="1 / bandwidth (seconds for a gigabit)", yscale="log")
     panels[0][0].set_ylabel("seconds for an iteration")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -67,9 +74,9 @@ def draw_fit(model: Mapping[str, Any], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(4.5, 4))
     for part, color in (("fit", "tab:gray"), ("test", "tab:blue")):
         points = model[part]
-        label = "fitted: " if part == "fit" else "predicted: "
-        label += " and ".join(str(n) for n in sorted({p["hosts"] for p in points})) + " hosts"
-        panel.scatter([p["measured"] for p in points], [p["predicted"] for p in points], s=10, color=color, label=label)
+        what = "fitted: " if part == "fit" else "predicted: "
+        what += " and ".join(str(n) for n in sorted({p["hosts"] for p in points})) + " hosts"
+        panel.scatter([p["measured"] for p in points], [p["predicted"] for p in points], s=10, color=color, label=what)
     ends = [min(p["measured"] for p in model["fit"]), max(p["measured"] for p in model["test"])]
     for factor in (0.75, 1, 1.25):
         panel.plot(ends, [factor * end for end in ends], "k-" if factor == 1 else "k:", linewidth=0.7)
@@ -87,9 +94,9 @@ def draw_scaling(model: Mapping[str, Any], path: Path) -> None:
     for d in drawn:
         panel = panels[sizes.index(d["elements"])][gigabits.index(d["gigabits"])]
         color, line = _TOPOLOGY_STYLES[d["topology"]]
-        label = {"ring": "uncompressed ring", "one pass": "1-bit, one pass", "two passes": "1-bit, two passes, sharded",
-                 "one server": "1-bit, two passes, one server"}[d["topology"]]  # fmt: skip
-        panel.plot(model["hosts"], d["seconds"], line, color=color, label=label)
+        what = {"ring": "uncompressed ring", "one pass": "1-bit, one pass", "two passes": "1-bit, two passes, sharded",
+                "one server": "1-bit, two passes, one server"}[d["topology"]]  # fmt: skip
+        panel.plot(model["hosts"], d["seconds"], line, color=color, label=what)
         panel.set(xscale="log", yscale="log")
     for row, size in zip(panels, sizes, strict=True):
         row[0].set_ylabel(f"{size / 1e6:,.0f} million parameters\nseconds")

@@ -97,6 +97,7 @@ def distribute(
     optimizer: torch.optim.Optimizer,
     names: Iterable[tuple[str, nn.Parameter]] | None = None,
     op: Any = hvd.Average,
+    silent_start: bool = False,
 ) -> Training:
     """Makes a model and its optimizer exchange gradients. The model must be the same on all ranks already.
 
@@ -110,11 +111,14 @@ def distribute(
         For Horovod, where the names in the model are not enough: several optimizers in one process.
     op
         For Horovod.
+    silent_start
+        For PowerSGD, whose first two steps send gradients as they are: they send nothing, which saves minutes over a
+        slow network where nobody looks at those steps.
     """
     if method == "noop":
         return Training(model, optimizer, lambda: 0.0)
     if method.startswith("ddp"):
-        return _ddp(method, model, optimizer)
+        return _ddp(method, model, optimizer, silent_start)
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=names or model.named_parameters(), compression=_compression(method), op=op
     )
@@ -143,7 +147,7 @@ def _compression(method: str) -> Any:
     }[method]()
 
 
-def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Training:
+def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, silent_start: bool) -> Training:
     _join_torch()
     rank = _rank(method)
     # With several buckets PowerSGD hangs on Gloo: its allreduces are not launched in the same order everywhere.
@@ -158,9 +162,8 @@ def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tra
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
 
     def hook(state, bucket):  # DDP looks at annotations, and does not understand those of postponed evaluation
-        if state.iter >= state.start_powerSGD_iter:
+        if not silent_start or state.iter >= state.start_powerSGD_iter:
             return powerSGD_hook.powerSGD_hook(state, bucket)
-        # PowerSGD's first steps would be uncompressed. They are no part of what is timed, and may take minutes.
         state.maybe_increase_iter(bucket)
         nothing = torch.futures.Future()
         nothing.set_result(bucket.buffer().zero_())

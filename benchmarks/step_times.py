@@ -24,6 +24,7 @@ from torch import nn
 
 WARMUP_STEPS = 2
 """DDP fills its buckets anew after the first step, Horovod's cache knows all names from the second on."""
+LEAST_STEPS = 2
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,11 +60,12 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
     dict
         ``method``; ``seconds_per_step``: median over the steps of all ranks; ``steps``: as many were timed;
         ``bytes_sent``: per step, as the method counts them; ``wire_bytes_sent``: per step, as the network interfaces
-        count them with headers, or None outside a cluster; both the mean of all ranks.
+        count them, or None outside a cluster; both the mean of all ranks. ``wire_seconds``: per step, in which the
+        interfaces counted, for all ranks to be done.
     """
     torch.manual_seed(0)
     model, batch = make(args.model)
-    training = distribute(method, model, torch.optim.SGD(model.parameters(), lr=0.01))
+    training = distribute(method, model, torch.optim.SGD(model.parameters(), lr=0.01), silent_start=True)
     x, y = batch(args.batch_size, torch.Generator().manual_seed(hvd.rank()))
 
     def step() -> float:
@@ -74,13 +76,13 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - start
 
     took = [step() for _ in range(WARMUP_STEPS)][-1]
-    steps = min(max(1, round(args.seconds / took)), args.max_steps)
+    steps = min(max(LEAST_STEPS, round(args.seconds / took)), args.max_steps)
     steps = hvd.broadcast_object(steps, name="benchmark.steps")
     hvd.barrier()
-    before = bytes_on_the_wire()
+    before, began = bytes_on_the_wire(), time.perf_counter()
     seconds = [step() for _ in range(steps)]
     hvd.barrier()  # when the others are done, what this rank has sent has left
-    after = bytes_on_the_wire()
+    after, ended = bytes_on_the_wire(), time.perf_counter()
     if method != "noop":
         require_same(model, method)
     sent = None if before is None or after is None else (after - before) / steps
@@ -90,6 +92,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_step": statistics.median(itertools.chain.from_iterable(seconds for seconds, _, _ in everywhere)),
         "steps": steps,
         "bytes_sent": statistics.fmean(counted for _, counted, _ in everywhere),
+        "wire_seconds": (ended - began) / steps,
         "wire_bytes_sent": None if sent is None else statistics.fmean(sent for _, _, sent in everywhere),
     }
 

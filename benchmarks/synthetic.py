@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--compare and --compression conflict: give all methods to --compare")
     if not args.compare:
         args.compression = "fp16" if args.fp16_allreduce else args.compression or "none"
-        method_list(parser, "--compression", [args.compression])
+        if len(method_list(parser, "--compression", [args.compression])) > 1:
+            parser.error(f"argument --compression: must name one method, got {args.compression}; see --compare")
     else:
         args.compare = method_list(parser, "--compare", args.compare)
         if args.num_iters % 2:
@@ -84,7 +85,7 @@ class Contender:
     label
         Prefix of the names of its collectives, since contenders take turns in one process.
     method
-        One of `METHODS`.
+        As `methods.py` names it.
     args
         The command line.
     device

@@ -145,7 +145,9 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
         if session is None:
             return original(self, p)  # type: ignore[no-any-return]
         small = self._double_squeeze_small
-        if not self._handles:  # a new step: what is still under way was dropped by optimizer.load_state_dict
+        # A new step: what is still under way was dropped by optimizer.load_state_dict. Passes of a step that only
+        # accumulate gradients have left handles of None.
+        if all(handle is None for handle, _ in self._handles.values()):
             session.abandon()
             small.forget()
         if p.grad is None:

@@ -1,10 +1,12 @@
 """The sweep over bandwidths: what it refuses, what it keeps, and the methods that it compares."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import bandwidth
 import pytest
@@ -63,15 +65,20 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
 def test_results_are_kept_and_not_measured_again(tmp_path):
     file = tmp_path / "x.json"
     cells = [("mlp", 2, "1gbit"), ("mlp", 4, "1gbit")]
+    settings = {"rounds": 2, "seconds": 2.0, "max_steps": 20}
     first = bandwidth.Results(file, {"date": "first"})
-    assert first.missing(cells, ["noop"]) == cells
-    first.add(cells[0], results=[{"method": "noop", "seconds_per_step": 1.0}])
+    assert first.missing(cells, ["noop"], settings) == {cell: ["noop"] for cell in cells}
+    first.add(cells[0], **settings, results=[{"method": "noop", "seconds_per_step": 1.0}])
 
     second = bandwidth.Results(file, {"date": "second"})
-    assert second.missing(cells, ["noop"]) == cells[1:]
-    assert second.missing(cells, ["noop", "none"]) == cells
-    second.add(cells[1], results=[{"method": "noop", "seconds_per_step": 2.0}])
-    second.add(cells[0], results=[{"method": "noop", "seconds_per_step": 3.0}])
+    assert second.missing(cells, ["noop"], settings) == {cells[1]: ["noop"]}
+    assert second.missing(cells, ["noop"], {**settings, "rounds": 1}) == {cells[1]: ["noop"]}
+    for other in ({"rounds": 3}, {"seconds": 0.1}, {"max_steps": 3}):
+        assert set(second.missing(cells, ["noop"], {**settings, **other})) == set(cells)
+    # Measured again, a cell keeps the methods that it had: those of one cell come from one run.
+    assert second.missing(cells, ["none"], settings) == {cells[0]: ["none", "noop"], cells[1]: ["none"]}
+    second.add(cells[1], **settings, results=[{"method": "noop", "seconds_per_step": 2.0}])
+    second.add(cells[0], **settings, results=[{"method": "noop", "seconds_per_step": 3.0}])
 
     content = json.loads(file.read_text())
     assert content["date"] == "second"
@@ -80,47 +87,62 @@ def test_results_are_kept_and_not_measured_again(tmp_path):
 
 
 def test_rounds_become_medians_and_times_above_noop():
-    def measurement(method, seconds, sent):
-        return {"method": method, "seconds_per_step": seconds, "steps": 2, "bytes_sent": sent, "wire_bytes_sent": sent + 1}
+    def measurement(i, method, seconds, sent):
+        wire = {"bytes_sent": sent, "wire_bytes_sent": sent + 1, "wire_seconds": seconds}
+        return {"round": i, "method": method, "seconds_per_step": seconds, "steps": 2, **wire}
 
-    rounds = [measurement("noop", s, 0) for s in (1.0, 5.0, 2.0)] + [measurement("none", s, 8) for s in (4.0, 9.0, 3.0)]
+    rounds = [measurement(i, "noop", s, 0) for i, s in enumerate((1.0, 5.0, 2.0))]
+    rounds += [measurement(i, "none", s, 8) for i, s in enumerate((4.0, 9.0, 3.0))]
     noop, none = bandwidth.combine(rounds, ["noop", "none"])
     assert (noop["seconds_per_step"], noop["seconds_above_noop"]) == (2.0, 0.0)
-    assert (none["seconds_per_step"], none["seconds_above_noop"]) == (4.0, 2.0)
+    assert (none["seconds_per_step"], none["seconds_above_noop"]) == (4.0, 3.0)  # of 3, 4 and 1
     assert none["seconds_by_round"] == [4.0, 9.0, 3.0] and none["steps"] == 6
     assert (none["bytes_sent"], none["wire_bytes_sent"]) == (8, 9)
 
 
+def ranks_of(mark):
+    """Processes of a sweep that are ranks: neither the sweep nor its cluster, nor what its hosts begin with."""
+    found = []
+    for process in processes(mark):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            if words[1:2] == [str(BENCHMARKS / "step_times.py")]:
+                found.append(process)
+    return found
+
+
 @needs_root
 def test_when_a_host_dies_the_results_so_far_are_kept(tmp_path):
-    file = tmp_path / "x.json"
+    file, mark = tmp_path / "x.json", "0.123456789"  # its seconds, which no other sweep has
     arguments = ["--models", "gpt", "--hosts", "2", "--rates", "1gbit", "200kbit", "--methods", "noop", "none"]
     sweep = subprocess.Popen(
-        [sys.executable, str(BENCHMARKS / "bandwidth.py"), "--json", str(file), "--seconds", "0.1", *arguments],
+        [sys.executable, str(BENCHMARKS / "bandwidth.py"), "--json", str(file), "--seconds", mark, *arguments],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        assert eventually(file.exists, 120)
+        assert eventually(file.exists, 180)
         kept = file.read_text()
-        mark = "gpt\0--batch-size"  # of the ranks: at 200kbit they cannot be done before they are found
-        assert eventually(lambda: sum("200kbit" not in _command(p) for p in processes(mark)) >= 2, 60)
-        victim = next(p for p in processes(mark) if _command(p).startswith(sys.executable) and "cluster.py" not in _command(p))
-        os.kill(victim, signal.SIGKILL)
+        # Ranks of the second cluster cannot be done at 200kbit before they are found.
+        assert eventually(lambda: len(ranks_of(mark)) == 2 and "200kbit" in clusters_of(mark), 60)
+        os.kill(ranks_of(mark)[0], signal.SIGKILL)
         _, errors = sweep.communicate(timeout=120)
     finally:
         sweep.kill()
     assert sweep.returncode == 1
     assert "bandwidth: gpt on 2 hosts at 200kbit has failed" in errors and "failed with exit status 137" in errors
     assert file.read_text() == kept and len(json.loads(kept)["cells"]) == 1
-    assert eventually(lambda: not processes("step_times.py"))
+    assert eventually(lambda: not ranks_of(mark))
 
 
-def _command(process):
-    try:
-        with open(f"/proc/{process}/cmdline") as file:
-            return file.read()
-    except OSError:
-        return ""
+def clusters_of(mark):
+    """The command lines of a sweep's clusters."""
+    lines = []
+    for process in processes(mark):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            if words[1:2] == [str(BENCHMARKS / "cluster.py")]:
+                lines += words
+    return lines
 
 
 def test_all_methods_train_the_same_replicas():

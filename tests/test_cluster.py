@@ -67,14 +67,16 @@ def test_each_host_is_a_machine_of_its_own():
 
 @needs_root
 def test_bytes_on_the_wire_are_those_that_are_sent():
-    arguments = ["none", "topk-1%", "onebit-allgather", "--model", "gpt", "--batch-size", "1", "--max-steps", "2"]
+    arguments = ["noop", "none", "topk-1%", "onebit-allgather", "--model", "gpt", "--batch-size", "1", "--max-steps", "3"]
     command = ["--hosts", "3", "--", sys.executable, str(BENCHMARKS / "step_times.py"), *arguments]
     status, output, errors = finish(start(*command), timeout=300)
     assert status == 0, errors
     results = {r["method"]: r for r in map(json.loads, output.splitlines())}
-    for method, share in (("none", 0.03), ("onebit-allgather", 0.5), ("topk-1%", 0.8)):  # Horovod's coordination is in
+    # Horovod's coordination sends all the time: thrice what it sends beside noop is ample.
+    coordination = 3 * results["noop"]["wire_bytes_sent"] / results["noop"]["wire_seconds"]
+    for method in ("none", "topk-1%", "onebit-allgather"):
         sent, wire = results[method]["bytes_sent"], results[method]["wire_bytes_sent"]
-        assert sent <= wire <= (1 + share) * sent, method
+        assert sent <= wire <= 1.05 * sent + coordination * results[method]["wire_seconds"], method
 
 
 @needs_root
@@ -108,7 +110,8 @@ def test_nothing_is_left_after_a_signal(number):
     # A grandchild that ignores signals: the host is gone only when that is too.
     script = "trap '' TERM INT HUP; sh -c 'while :; do sleep 1; done' \"$0\" & wait"
     process = start("--hosts", "2", "--", "sh", "-c", script, mark)
-    assert eventually(lambda: len(processes(mark)) >= 1 + 2 * 2)
+    # On each host: its first two processes, the script, and its child.
+    assert eventually(lambda: len(processes(mark)) >= 1 + 2 * 4)
     process.send_signal(number)
     process.wait(timeout=30)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)

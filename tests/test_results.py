@@ -53,6 +53,8 @@ def test_traffic_of_two_passes_does_not_grow_with_the_hosts(elements):
         assert wire("two passes", hosts) == pytest.approx(2 * (hosts - 1) / hosts * 0.127 * elements)
         assert wire("one pass", hosts) == pytest.approx((hosts - 1) * 0.127 * elements)
         assert wire("one server", hosts) >= wire("one pass", hosts)
+        shared = model.work("one server", 0.127, elements, hosts, None, sharing=hosts / 2)
+        assert shared.traffic == max(wire("one server", hosts), hosts / 2 * wire("two passes", hosts))
     assert wire("two passes", 2) == wire("one pass", 2)
 
 
@@ -106,8 +108,17 @@ def test_the_model_in_the_tree_is_that_of_the_measurements_in_the_tree():
 
 
 def test_a_target_that_is_missed_is_said_to_be():
-    above = {"onebit": 0.5, "topk-1%": 0.3, "topk-0.1%": 0.3, "ddp-powersgd-4": 0.2, "ddp-powersgd-1": 0.4, "none": 15.0}
+    above = {
+        "onebit": 0.5,
+        "topk-1%": 0.3,
+        "topk-0.1%": 0.3,
+        "ddp-powersgd-4": 0.2,
+        "ddp-powersgd-1": 0.4,
+        "none": 15.0,
+        "noop": 0.0,
+    }
     entries = [{"method": m, "seconds_per_step": 1 + s, "seconds_above_noop": s} for m, s in above.items()]
+    entries = [{**entry, "seconds_by_round": [entry["seconds_per_step"]]} for entry in entries]
     content = {"cells": [{"model": "mlp", "hosts": 4, "rate": "1gbit", "results": entries}]}
     rows = report.target_table(content).splitlines()[2:]
     assert [row.split("|")[-2].strip() for row in rows] == ["yes", "**no**", "yes", "yes"]

@@ -163,8 +163,8 @@ def model_section(model: Json) -> Iterator[str]:
     fitted, tested = (sorted({p["hosts"] for p in model[part]}) for part in ("fit", "test"))
     yield (
         f"`benchmarks/model.py` explains what an exchange does and fits a price for each part on clusters of "
-        f"{' and '.join(map(str, fitted))} hosts. It then predicts iterations on {tested[0]} hosts, given what noop takes there, "
-        f"with a median error of {model['median_error']:.0%}; {model['within_bound']} of {len(model['test'])} are within "
+        f"{' and '.join(map(str, fitted))} hosts. It then predicts iterations on {tested[0]} hosts, given what noop takes "
+        f"there, with a median error of {model['median_error']:.0%}; {model['within_bound']} of {len(model['test'])} are within "
         f"{model['bound']:.0%}, which was asked of all, and the largest is {model['largest_error']:.0%}."
         + (
             ""
@@ -277,7 +277,8 @@ def page(results: Mapping[str, Json]) -> str:
             "Hosts are network namespaces on one machine, each behind a token bucket in both directions "
             "(`benchmarks/cluster.py`). **They share its cores**: arithmetic, kernels and Horovod's own threads of n hosts "
             "take turns on them, so what processors do is n / cores times as expensive as on real hosts, and what the wire "
-            "does is not. Synthetic data; medians over the steps of all hosts, then over rounds. *unshaped* is as fast as the kernel copies.",
+            "does is not. Synthetic data; medians over the steps of all hosts, then over rounds. "
+            "*unshaped* is as fast as the kernel copies.",
         ]
         targets = target_table(content)
         if targets.count("\n") > 1:
@@ -288,15 +289,15 @@ def page(results: Mapping[str, Json]) -> str:
             parts += [
                 "### Bytes on the wire",
                 "Per host and iteration at 1gbit, mean of all hosts, as the interfaces count them: with headers, but once for "
-                "each segment of up to 64 KiB. Horovod's own coordination goes on every millisecond whether there is anything to "
-                "do or not; its part is what noop sends in the same time. Two passes send 2 (n-1)/n payloads, one pass n-1.",
+                "each segment of up to 64 KiB. Horovod's own coordination goes on every millisecond whether there is anything "
+                "to do or not; its part is what noop sends in the same time. Two passes send 2 (n-1)/n payloads, one pass n-1.",
                 bytes_table(content, "1gbit"),
             ]
         if UNSHAPED in rates:
             parts += [
                 "### Time on the wire",
-                "The exchange, i.e. the time above noop, over the bytes on the wire divided by the rate; and what of it the rate "
-                "has added to the unshaped exchange, which is the wire's part without kernels and latencies of processors.",
+                "The exchange, i.e. the time above noop, over the bytes on the wire divided by the rate; and what of it the "
+                "rate has added to the unshaped exchange, which is the wire's part without kernels and latencies of processors.",
                 wire_table(content),
             ]
     if "model" in results:

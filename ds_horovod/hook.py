@@ -112,7 +112,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
 class _SmallGradients:
     """Small gradients that are not compressed. They wait for the end of backward and leave together.
 
-    Horovod then fuses them into one allreduce. One after the other, each would cost as much latency as a large one.
+    Horovod then fuses them. One after the other, each would cost as much latency as a large one.
     """
 
     def __init__(self) -> None:

@@ -164,8 +164,8 @@ def model_section(model: Json) -> Iterator[str]:
     yield (
         f"`benchmarks/model.py` explains what an exchange does and fits a price for each part on clusters of "
         f"{' and '.join(map(str, fitted))} hosts. It then predicts iterations on {tested[0]} hosts, given what noop takes "
-        f"there, with a median error of {model['median_error']:.0%}; {model['within_bound']} of {len(model['test'])} are within "
-        f"{model['bound']:.0%}, which was asked of all, and the largest is {model['largest_error']:.0%}."
+        f"there, with a median error of {model['median_error']:.0%}; {model['within_bound']} of {len(model['test'])} are "
+        f"within {model['bound']:.0%}, which was asked of all, and the largest is {model['largest_error']:.0%}."
         + (
             ""
             if model["median_exchange_error"] is None
@@ -297,7 +297,7 @@ def page(results: Mapping[str, Json]) -> str:
             parts += [
                 "### Time on the wire",
                 "The exchange, i.e. the time above noop, over the bytes on the wire divided by the rate; and what of it the "
-                "rate has added to the unshaped exchange, which is the wire's part without kernels and latencies of processors.",
+                "rate has added to the unshaped exchange, which is the wire's part without that of processors.",
                 wire_table(content),
             ]
     if "model" in results:

@@ -66,6 +66,12 @@ def squeeze(*args, **kwargs):
     return DoubleSqueeze(*args, **{"min_numel": 64, "bucket_cap_mb": 0.01, **kwargs})
 
 
+def accumulate(model, step, passes):
+    for i in range(passes):
+        x, y = batch(10 * step + i)
+        cross_entropy(model(x), y).backward()
+
+
 def train_step(model, optimizer, step, dtype=torch.float32):
     x, y = batch(step, dtype)
     optimizer.zero_grad()
@@ -468,16 +474,18 @@ def gradient_predivide_factor():
 
 @check
 def load_state_dict_in_mid_step():
-    model = small_model()
-    optimizer = distributed(model, squeeze(OneBit(64)))
-    for step in range(2):
-        train_step(model, optimizer, step)
-    x, y = batch(9)
-    cross_entropy(model(x), y).backward()  # under way, and then forgotten
-    optimizer.load_state_dict(optimizer.state_dict())
-    for step in range(2, 4):
-        train_step(model, optimizer, step)
-        assert_identical(model)
+    for passes in 1, 2:
+        model = small_model()
+        optimizer = distributed(model, squeeze(OneBit(64)), backward_passes_per_step=passes)
+        for step in range(4):
+            accumulate(model, step, passes)
+            if step == 2:  # under way, and then forgotten
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.zero_grad()
+                accumulate(model, step, passes)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_identical(model)
 
 
 @check

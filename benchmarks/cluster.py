@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+from horovod.runner.common.util.hosts import SlotInfo, get_host_assignments, parse_hosts
 from horovod.runner.http.http_server import RendezvousServer
 
 UNSHAPED = "unshaped"
@@ -214,9 +214,12 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
 
     running: list[Host] = []
     server = RendezvousServer(0)
+    port = server.start()
     try:
         try:
-            _build(running, server, hosts, rate, command)
+            slots = get_host_assignments(parse_hosts(",".join(f"{_address(i)}:1" for i in range(hosts))), hosts)
+            server.init(slots)
+            _build(running, slots, port, rate, command)
         except (OSError, subprocess.SubprocessError) as error:
             raise ClusterError(f"a host has ended before all were ready: {error}") from error
         yield running
@@ -229,11 +232,8 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
         server.stop()
 
 
-def _build(running: list[Host], server: RendezvousServer, hosts: int, rate: str, command: Sequence[str]) -> None:
+def _build(running: list[Host], slots: Sequence[SlotInfo], port: int, rate: str, command: Sequence[str]) -> None:
     """Adds hosts to those that are running, then lets all start the command."""
-    slots = get_host_assignments(parse_hosts(",".join(f"{_address(i)}:1" for i in range(hosts))), hosts)
-    port = server.start()
-    server.init(slots)
     for slot in slots:
         job = {
             "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
@@ -243,7 +243,7 @@ def _build(running: list[Host], server: RendezvousServer, hosts: int, rate: str,
         }  # fmt: skip
         environment = {
             # The hosts share the cores of this machine.
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // hosts)),
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(slots))),
             "GLOO_SOCKET_IFNAME": INTERFACE,  # for torch.distributed
             _MARK: "1",
             **os.environ,

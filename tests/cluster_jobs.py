@@ -1,6 +1,7 @@
 """Starting clusters from tests, and looking for what they leave behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +25,17 @@ def _unavailable():
 needs_root = pytest.mark.skipif(bool(_unavailable()), reason=_unavailable() or "-")
 
 
+def _default_signals():
+    """A shell that runs tests in the background may have had them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments):
     return subprocess.Popen(
         [sys.executable, str(BENCHMARKS / "cluster.py"), *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONWARNINGS": "ignore"}, preexec_fn=_default_signals,
     )  # fmt: skip
 
 

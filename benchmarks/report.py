@@ -187,16 +187,19 @@ def model_section(model: Json) -> Iterator[str]:
         f"{1e6 * model['settings']['delay']:g} microseconds of delay in the network for each message:\n\n"
         "![Seconds of an exchange over hosts](FIGURES/model-scaling.svg)"
     )
-    yield "**Break-even**: the bandwidth above which 1-bit compression does not pay, by the model:\n\n" + break_even_table(
-        model
+    yield (
+        "**Break-even**: the bandwidth above which 1-bit compression does not pay, by the model. Models smaller than those "
+        "that were measured are left out: latency decides there, which this fit cannot tell from noise. The digits at the "
+        "end of this page are such a model."
     )
+    yield break_even_table(model)
 
 
 def break_even_table(model: Json) -> str:
     """Bandwidths above which compression does not pay."""
 
     def rate(bits: float | None) -> str:
-        return "none: it always pays" if bits is None else f"{bits / 1e9:.2g} Gbit/s"
+        return "none: it pays at any" if bits is None else f"{bits / 1e9:.2g} Gbit/s"
 
     rows = [
         [f"{b['elements'] / 1e6:,g} million", str(b["hosts"]), rate(b["bits_per_second"]), rate(b["bits_per_second_wire_only"])]
@@ -256,7 +259,7 @@ def readme_part(results: Mapping[str, Json]) -> str:
             "Seconds of an iteration, 28.3 million parameters, 4 hosts that share 2 cores:",
             table(["", *rates], rows),
             "By a cost model (iterations on 8 hosts predicted with a median error of "
-            f"{model['median_error']:.0%}), 1-bit compression pays up to these bandwidths:",
+            f"{model['median_error']:.0%}), 1-bit compression pays up to these bandwidths; for smaller models latency decides:",
             break_even_table(model),
         ]
     )
@@ -290,14 +293,17 @@ def page(results: Mapping[str, Json]) -> str:
                 "### Bytes on the wire",
                 "Per host and iteration at 1gbit, mean of all hosts, as the interfaces count them: with headers, but once for "
                 "each segment of up to 64 KiB. Horovod's own coordination goes on every millisecond whether there is anything "
-                "to do or not; its part is what noop sends in the same time. Two passes send 2 (n-1)/n payloads, one pass n-1.",
+                "to do or not; its part is what noop sends in the same time. Two passes send 2 (n-1)/n payloads, one pass n-1. "
+                "What the smallest payloads have over that are the messages with which Gloo announces messages: some for each "
+                "collective, whatever its size.",
                 bytes_table(content, "1gbit"),
             ]
         if UNSHAPED in rates:
             parts += [
                 "### Time on the wire",
                 "The exchange, i.e. the time above noop, over the bytes on the wire divided by the rate; and what of it the "
-                "rate has added to the unshaped exchange, which is the wire's part without that of processors.",
+                "rate has added to the unshaped exchange, which is the wire's part without that of processors. Where bytes / "
+                "rate is a few milliseconds, both are noise.",
                 wire_table(content),
             ]
     if "model" in results:

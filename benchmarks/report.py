@@ -232,6 +232,13 @@ def kernel_table(kernels: Json) -> str:
     return table(["pass", *header], rows)
 
 
+def memory_table(kernels: Json) -> str:
+    """Memory that a whole exchange needs."""
+    held = [r for r in kernels["results"] if r["kind"] == "memory"]
+    rows = [[m["codec"], m["malloc"], f"{m['extra'] / 1e6:.0f}", f"{m['ratio']:.3f}"] for m in held]
+    return table(["codec", "malloc", "MB at its peak", "over errors and payloads"], rows)
+
+
 def training_table(training: Json) -> str:
     """Accuracy of the digits."""
     rows = [
@@ -318,6 +325,8 @@ def page(results: Mapping[str, Json]) -> str:
             "## Kernels",
             f"Time over an in-place add of the same arrays, scaled by bytes: 1 is what the memory allows. {where(kernels)}",
             kernel_table(kernels),
+            "Memory of a whole exchange of several workers in one process, beyond the gradients:",
+            memory_table(kernels),
         ]
     if "train-2" in results:
         parts += ["## Digits", where(results["train-2"]), training_table(results["train-2"])]

@@ -146,33 +146,47 @@ def measure(cell: Cell, methods: Sequence[str], args: argparse.Namespace) -> Ite
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=said, text=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
         )
-        assert process.stdout is not None
-        hangs = threading.Event()
-
-        def give_up() -> None:
-            hangs.set()
-            process.terminate()
-
-        timer = threading.Timer(PATIENCE_SECONDS, give_up)
         try:
-            while True:
-                timer = threading.Timer(PATIENCE_SECONDS, give_up)
-                timer.start()
-                line = process.stdout.readline()
-                timer.cancel()
-                if not line:
-                    break
+            for line in lines_of(process, PATIENCE_SECONDS):
                 if line.startswith("{"):
                     yield json.loads(line)
-            if hangs.is_set():
-                raise ClusterError(f"{model} on {hosts} hosts at {rate} has said nothing for {PATIENCE_SECONDS:g} seconds")
             if process.wait():
                 said.seek(0)
                 raise ClusterError(f"{model} on {hosts} hosts at {rate} has failed:\n{said.read()[-3000:].strip()}")
+        except TimeoutError as error:
+            raise ClusterError(f"{model} on {hosts} hosts at {rate} hangs: {error}") from error
         finally:
-            timer.cancel()
             process.terminate()
             process.wait()
+
+
+def lines_of(process: subprocess.Popen[str], patience: float) -> Iterator[str]:
+    """What a process says, line by line.
+
+    Raises
+    ------
+    TimeoutError
+        It has said nothing for `patience` seconds, and has been told to end.
+    """
+    silent = threading.Event()
+
+    def give_up() -> None:
+        silent.set()
+        process.terminate()
+
+    assert process.stdout is not None
+    while True:
+        timer = threading.Timer(patience, give_up)
+        timer.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if silent.is_set():
+            raise TimeoutError(f"nothing was measured for {patience:g} seconds")
+        if not line:
+            return
+        yield line
 
 
 def combine(measurements: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:

@@ -100,6 +100,18 @@ def test_rounds_become_medians_and_times_above_noop():
     assert (none["bytes_sent"], none["wire_bytes_sent"]) == (8, 9)
 
 
+def test_a_sweep_that_hangs_ends():
+    process = subprocess.Popen(["sh", "-c", "echo one; echo two; exec sleep 600"], stdout=subprocess.PIPE, text=True)
+    lines = bandwidth.lines_of(process, 1.0)
+    assert [next(lines), next(lines)] == ["one\n", "two\n"]
+    with pytest.raises(TimeoutError, match="nothing was measured for 1 seconds"):
+        next(lines)
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+    process = subprocess.Popen(["sh", "-c", "echo one; exit 3"], stdout=subprocess.PIPE, text=True)
+    assert list(bandwidth.lines_of(process, 60.0)) == ["one\n"] and process.wait() == 3
+
+
 def ranks_of(mark):
     """Processes of a sweep that are ranks: neither the sweep nor its cluster, nor what its hosts begin with."""
     found = []

@@ -1,12 +1,14 @@
 """The CPU kernels. Everything else about the package stands in pyproject.toml."""
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 cpu_kernels = Pybind11Extension(
     "ds_horovod._cpu",
     ["csrc/cpu/module.cpp", "csrc/cpu/avx2.cpp", "csrc/cpu/portable.cpp"],
-    depends=[f"csrc/cpu/{name}" for name in ("kernels.h", "simd.h", "parallel.h", "walk.h", "one_bit.inl", "top_k.inl")],
+    depends=sorted(glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inl")),
     cxx_std=17,
     # No contraction to fused multiply-adds: every path must round in the same places.
     extra_compile_args=["-O3", "-ffp-contract=off", "-pthread"],

@@ -50,6 +50,7 @@ from ds_horovod.compressors import Compressor, OneBit, TopK
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
+from ds_horovod.memory import Memory
 
 WORKERS = 4
 CODECS = {"OneBit": OneBit(block=2048), "TopK 0.1 %": TopK(0.001), "TopK 1 %": TopK(0.01)}
@@ -138,13 +139,13 @@ def fused(name: str, codec: Compressor, arrays: Arrays) -> list[Pass]:
         return total.abs_().max()
 
     def worker() -> None:
-        codec.encode(layout, [gradient], error, payload)
+        codec.encode(layout, [gradient], Memory(error), payload)
 
     def decode() -> None:
         codec.decode(layout, payload, [out])
 
     def server() -> None:
-        codec.serve(shard, payload, codec, 1 / WORKERS, server_error, reply)
+        codec.serve(shard, payload, codec, 1 / WORKERS, Memory(server_error), reply)
 
     entry = ENTRY_BYTES[name]
     return [

@@ -58,5 +58,5 @@ class OnePass(DoubleSqueeze):
         """By each rank, per step: an allgather hands every payload on to all others."""
         if self._session is None:
             return 0.0
-        payloads = sum(bucket.exchange.push_nbytes for bucket in self._session.buckets)
+        payloads = sum(self.compressor.chunk_nbytes(bucket.exchange.layout) for bucket in self._session.buckets)
         return (hvd.size() - 1) * payloads + self.stats()["dense_bytes_sent"]

@@ -1,4 +1,4 @@
-"""The errors of one rank, as plain tensors and values, and back."""
+"""What one rank keeps, as plain tensors and values, and back."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 from .session import Bucket
 
-FORMAT = 1
-_ERRORS = ("worker_error", "server_error")
+FORMAT = 2
+_ARRAYS = ("worker_error", "server_error", "velocity")
 
 
 def save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:
-    """The layout of a bucket, and its errors (not copied)."""
+    """The layout of a bucket, its errors and velocity (not copied), and how many steps it has taken."""
     layout = bucket.exchange.layout
     return {
         "parameters": list(bucket.names),
         "numels": list(layout.numels),
         "offsets": list(layout.offsets),
         "weight": bucket.exchange.options.weight,
-        **{key: getattr(bucket.exchange, key) for key in _ERRORS},
+        "step": bucket.exchange.worker.step,
+        **{key: getattr(bucket.exchange, key) for key in _ARRAYS},
     }
 
 
 def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[Any]]) -> None:
-    """Copies the errors back, once all layouts are found to be equal.
+    """Copies everything back, once all layouts are found to be equal.
 
     Raises
     ------
@@ -38,14 +39,15 @@ def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[An
         for key in ("parameters", "numels", "offsets", "weight"):
             if theirs[key] != ours[key]:
                 raise _another_layout(f"bucket {b} has {key} {theirs[key]}, here {ours[key]}")
-        for key in _ERRORS:
+        for key in _ARRAYS:
             shapes = [None if state[key] is None else tuple(state[key].shape) for state in (theirs, ours)]
             if shapes[0] != shapes[1]:
                 raise _another_layout(f"bucket {b} has a {key} of shape {shapes[0]}, here {shapes[1]}")
-    for theirs, ours in zip(saved, own, strict=True):
-        for key in _ERRORS:
+    for theirs, ours, bucket in zip(saved, own, buckets, strict=True):
+        for key in _ARRAYS:
             if ours[key] is not None:
                 ours[key].copy_(theirs[key])
+        bucket.exchange.worker.step = bucket.exchange.server.step = theirs["step"]
 
 
 def _another_layout(difference: str) -> ValueError:

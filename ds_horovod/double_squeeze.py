@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class DoubleSqueeze:
         compression=DoubleSqueeze(TopK(0.01))
         compression=DoubleSqueeze(OneBit(), server_compressor=NoCompression())          # one-way: MEM-SGD
         compression=DoubleSqueeze(TopK(0.01), worker_error=False, server_error=False)   # no compensation
-        compression=DoubleSqueeze(OneBit(scale="l2", granularity="bucket"), server=0, bucket_cap_mb=None)  # the paper
+        compression=DoubleSqueeze.paper()                                               # as in the paper
 
     Parameters
     ----------
@@ -37,6 +38,17 @@ class DoubleSqueeze:
         Of what the servers reply. Default: the same.
     worker_error, server_error
         Whether workers and servers compensate their error.
+    momentum
+        Of momentum correction with factor masking (Lin et al., ICLR 2018, arXiv 1712.01887), in place of the optimizer's
+        own, which must be 0 then (of Adam: beta1): each worker adds up its own gradients, u = momentum * u + g, sends what
+        is largest of error + u, and forgets the velocity u of what it has sent. In [0, 1); 0: none. It needs a compressor
+        that leaves elements out (`Compressor.sparse`): one that sends every element would clear u in every step.
+    warmup_steps
+        First steps in which everything travels uncompressed.
+    max_norm
+        To which each worker clips the norm of all its gradients before it compresses them, as
+        ``torch.nn.utils.clip_grad_norm_`` does. Clipping the averaged gradient instead loses what is cut off, for the
+        error does not know of it. No bucket leaves before backward has ended then. None: gradients are not clipped.
     server
         The rank that serves everything, as in the paper. Default None: sharded over all ranks.
     bucket_cap_mb
@@ -59,6 +71,9 @@ class DoubleSqueeze:
         server_compressor: Compressor | None = None,
         worker_error: bool = True,
         server_error: bool = True,
+        momentum: float = 0.0,
+        warmup_steps: int = 0,
+        max_norm: float | None = None,
         server: int | None = None,
         bucket_cap_mb: float | None = 25.0,
         min_numel: int = 4096,
@@ -71,6 +86,19 @@ class DoubleSqueeze:
                 raise TypeError(f"DoubleSqueeze: {name} must be a ds_horovod Compressor, got {value!r}{hint}")
             if not isinstance(value.block, int) or value.block <= 0 or value.block % 32:
                 raise ValueError(f"DoubleSqueeze: {name}.block must be a positive multiple of 32, got {value.block!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"DoubleSqueeze: momentum must be at least 0 and under 1, got {momentum!r}")
+        if momentum and not compressor.sparse:
+            raise ValueError(
+                f"DoubleSqueeze: momentum={momentum!r} needs a compressor that leaves elements out, as TopK does; "
+                f"{compressor!r} sends all of them, so leave the momentum to the optimizer"
+            )
+        if momentum and not worker_error:
+            raise ValueError(f"DoubleSqueeze: momentum={momentum!r} needs worker_error=True, got {worker_error!r}")
+        if not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ValueError(f"DoubleSqueeze: warmup_steps must be a whole number, 0 or more; got {warmup_steps!r}")
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"DoubleSqueeze: max_norm must be positive and finite, or None; got {max_norm!r}")
         if server is not None and (not isinstance(server, int) or server < 0):
             raise ValueError(f"DoubleSqueeze: server must be a rank, or None for all ranks; got {server!r}")
         if bucket_cap_mb is not None and not bucket_cap_mb > 0:
@@ -81,6 +109,9 @@ class DoubleSqueeze:
         self.server_compressor = server_compressor
         self.worker_error = bool(worker_error)
         self.server_error = bool(server_error)
+        self.momentum = float(momentum)
+        self.warmup_steps = warmup_steps
+        self.max_norm = max_norm
         self.server = server
         self.bucket_cap_mb = bucket_cap_mb
         self.min_numel = min_numel
@@ -92,9 +123,24 @@ class DoubleSqueeze:
     def __repr__(self) -> str:
         return (
             f"DoubleSqueeze({self.compressor!r}, server_compressor={self.server_compressor!r}, "
-            f"worker_error={self.worker_error}, server_error={self.server_error}, server={self.server}, "
+            f"worker_error={self.worker_error}, server_error={self.server_error}, momentum={self.momentum}, "
+            f"warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, server={self.server}, "
             f"bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel})"
         )
+
+    @classmethod
+    def paper(cls, compressor: Compressor | None = None, server: int = 0) -> DoubleSqueeze:
+        """As in the paper: one server for one bucket of all parameters, and 1-bit with one scale that keeps its norm.
+
+        Parameters
+        ----------
+        compressor
+            In place of 1-bit; the paper's other one is ``TopK(k=300_000)``.
+        server
+            The rank that serves.
+        """
+        compressor = OneBit(scale="l2", granularity="bucket") if compressor is None else compressor
+        return cls(compressor, server=server, bucket_cap_mb=None)
 
     @staticmethod
     def compress(*args: Any) -> Any:
@@ -153,6 +199,9 @@ class DoubleSqueeze:
         """
         if self._optimizer_session is not None:
             raise ValueError("DoubleSqueeze: this instance belongs to an optimizer; make another one for allreduce")
+        for option in ("momentum", "warmup_steps", "max_norm"):
+            if getattr(self, option):
+                raise ValueError(f"allreduce: {option} is for optimizers; got a compression with {getattr(self, option)!r}")
         options = self._options(average, transport.size)
         session = self._tensor_sessions.get(name)
         if session is None:
@@ -177,7 +226,16 @@ class DoubleSqueeze:
         if self.server is not None and self.server >= size:
             raise ValueError(f"DoubleSqueeze: server must be a rank from 0 to {size - 1}, got {self.server}")
         weight = 1.0 / size if average else 1.0
-        return Options(self.compressor, self.server_compressor, self.worker_error, self.server_error, weight)
+        return Options(
+            self.compressor,
+            self.server_compressor,
+            self.worker_error,
+            self.server_error,
+            weight,
+            self.momentum,
+            self.warmup_steps,
+            self.max_norm,
+        )
 
     @property
     def _sessions(self) -> list[Session[Any]]:
@@ -201,7 +259,7 @@ class DoubleSqueeze:
         return combine_stats([session.stats() for session in self._sessions])
 
     def state_dict(self) -> dict[str, Any]:
-        """The errors of this rank: plain tensors (not copied) and values, for ``torch.save``.
+        """Errors and velocities of this rank: plain tensors (not copied) and values, for ``torch.save``.
 
         Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks.
         """
@@ -215,7 +273,7 @@ class DoubleSqueeze:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the errors of `state_dict` back, exactly.
+        """Takes back what `state_dict` gave, exactly.
 
         Of an instance that is not in use yet, and of tensors that `allreduce` has not seen yet: at their first use, which
         then raises what is said here.

@@ -7,7 +7,8 @@ over them, or one of them:
     server     v = mean_i Q[v_i] + E      reply Q'[v]     E   <- v - Q'[v]
     worker     g_i <- Q'[v]
 
-so that, element by element and for every Q, ``mean_i(g_i + e_i) + E == Q'[v] + mean_i(e_i') + E'``.
+so that, element by element and for every Q, ``mean_i(g_i + e_i) + E == Q'[v] + mean_i(e_i') + E'``. With momentum
+correction a worker's velocity u_i = m u_i + g_i takes the place of g_i (`memory.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .compressors import Compressor
+from .compressors import Compressor, NoCompression
 from .layout import Layout
+from .memory import Memory
 
 Handle = TypeVar("Handle")
+_UNCOMPRESSED = NoCompression()
 
 
 class Transport(Protocol[Handle]):
@@ -63,6 +66,12 @@ class Options:
     server_error: bool
     weight: float
     """1 / workers for an average, 1 for a sum."""
+    momentum: float = 0.0
+    """Of the workers' momentum correction."""
+    warmup_steps: int = 0
+    """First steps in which everything travels uncompressed."""
+    max_norm: float | None = None
+    """To which each worker clips its gradients before it compresses them."""
 
 
 @dataclass
@@ -84,32 +93,71 @@ class Totals:
 
 @dataclass
 class Exchange(Generic[Handle]):
-    """One bucket: its layout, its errors, and how to send it.
+    """One bucket: its layout, its memories, and how to send it.
 
-    The errors are the only state of full size: `worker_error` float32 ``(layout.numel,)``, `server_error` float32
-    ``(layout.shard_numel,)`` on ranks that serve; None where there is no compensation.
+    The memories hold the only state of full size: the worker's float32 ``(layout.numel,)`` arrays, and the server's
+    ``(layout.shard_numel,)`` on ranks that serve.
     """
 
+    bucket: int
+    """Its index."""
     name: str
     layout: Layout
     options: Options
     transport: Transport[Handle]
     device: torch.device
     totals: Totals = field(default_factory=Totals)
-    worker_error: Tensor | None = field(init=False, default=None)
-    server_error: Tensor | None = field(init=False, default=None)
+    worker: Memory = field(init=False)
+    server: Memory = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.options.worker_error:
-            self.worker_error = torch.zeros(self.layout.numel, device=self.device)
-        if self.options.server_error and self.transport.serves is not None:
-            self.server_error = torch.zeros(self.layout.shard_numel, device=self.device)
-        self.shard = None if self.transport.serves is None else self.layout.shard(self.transport.serves)
-        self.push_nbytes = self.options.compressor.chunk_nbytes(self.layout)
-        self.reply_nbytes = self.options.server_compressor.chunk_nbytes(self.layout)
+        options, transport, numel = self.options, self.transport, self.layout.numel
+        self.worker = Memory(
+            error=torch.zeros(numel, device=self.device) if options.worker_error else None,
+            velocity=torch.zeros(numel, device=self.device) if options.momentum else None,
+            momentum=options.momentum,
+            bucket=self.bucket,
+            sender=2 * transport.rank,
+        )
+        self.server = Memory(bucket=self.bucket, sender=2 * transport.rank + 1)
+        self.shard = None
+        if transport.serves is not None:
+            self.shard = self.layout.shard(transport.serves)
+            self.server.first_shard = transport.serves
+            if options.server_error:
+                self.server.error = torch.zeros(self.layout.shard_numel, device=self.device)
         # Buffers of flights that have landed, for the next: freed and allocated anew, they would fragment the heap.
-        self.spare_payloads: list[Tensor] = []
-        self.spare_replies: list[Tensor] = []
+        self.spare_buffers: dict[tuple[int, ...], list[Tensor]] = {}
+
+    @property
+    def worker_error(self) -> Tensor | None:
+        """e: float32, ``(layout.numel,)``; None where workers do not compensate."""
+        return self.worker.error
+
+    @property
+    def server_error(self) -> Tensor | None:
+        """E: float32, ``(layout.shard_numel,)``; None where this rank does not compensate as a server."""
+        return self.server.error
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """u: float32, ``(layout.numel,)``; None without momentum correction."""
+        return self.worker.velocity
+
+    def compressors(self) -> tuple[Compressor, Compressor]:
+        """The worker's and the server's for the coming step."""
+        if self.worker.step < self.options.warmup_steps:
+            return _UNCOMPRESSED, _UNCOMPRESSED
+        return self.options.compressor, self.options.server_compressor
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Bytes for a payload, all zero."""
+        spare = self.spare_buffers.get(shape)
+        return spare.pop().zero_() if spare else torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def put_back(self, buffer: Tensor) -> None:
+        """For the next `zeros` of its shape."""
+        self.spare_buffers.setdefault(tuple(buffer.shape), []).append(buffer)
 
     def begin(self, gradients: Sequence[Tensor]) -> Flight[Handle]:
         """The worker pass, and off with the payload.
@@ -122,10 +170,6 @@ class Exchange(Generic[Handle]):
         return Flight(self, gradients)
 
 
-def _zeros(spare: list[Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return spare.pop().zero_() if spare else torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
 class Flight(Generic[Handle]):
     """One bucket under way: pushing, then pulling, then landed. Nothing here waits."""
 
@@ -135,14 +179,19 @@ class Flight(Generic[Handle]):
         self._pulling = False
         self.landed = False
         start = time.perf_counter()
+        self._compressor, self._server_compressor = exchange.compressors()
         shards = exchange.layout.shards
+        self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
         # Kept until the reply is there: see _undo.
-        self._payload = _zeros(exchange.spare_payloads, (shards, exchange.push_nbytes), exchange.device)
+        self._payload = exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout))
         self._reply: Tensor | None = None
-        exchange.options.compressor.encode(exchange.layout, gradients, exchange.worker_error, self._payload)
+        self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
+        exchange.worker.step += 1
         exchange.totals.worker_pass_seconds += time.perf_counter() - start
-        self._handle = exchange.transport.push(self._payload, exchange.name + ".push")
-        exchange.totals.bytes_sent += (shards - (exchange.transport.serves is not None)) * exchange.push_nbytes
+        # Sizes under a name never change: Horovod keeps what it has agreed on for each.
+        self._name = exchange.name + (".uncompressed" if self._compressor is _UNCOMPRESSED else "")
+        self._handle = exchange.transport.push(self._payload, self._name + ".push")
+        exchange.totals.bytes_sent += (shards - (exchange.transport.serves is not None)) * self._payload.shape[1]
 
     def poll(self) -> bool:
         """Does what can be done without waiting. Returns whether the flight has landed."""
@@ -167,46 +216,57 @@ class Flight(Generic[Handle]):
         exchange, others = self._exchange, self._exchange.transport.size - 1
         if exchange.shard is not None:
             start = time.perf_counter()
-            options = exchange.options
-            self._reply = _zeros(exchange.spare_replies, (exchange.reply_nbytes,), exchange.device)
-            options.server_compressor.serve(
-                exchange.shard, pushed, options.compressor, options.weight, exchange.server_error, self._reply
+            self._reply = exchange.zeros(self._reply_nbytes)
+            self._server_compressor.serve(
+                exchange.shard, pushed, self._compressor, exchange.options.weight, exchange.server, self._reply
             )
+            exchange.server.step += 1
             exchange.totals.server_pass_seconds += time.perf_counter() - start
-            exchange.totals.bytes_received += others * exchange.push_nbytes
-            exchange.totals.bytes_sent += others * exchange.reply_nbytes
-        self._handle = exchange.transport.pull(self._reply, exchange.reply_nbytes, exchange.name + ".pull")
+            exchange.totals.bytes_received += others * self._payload.shape[1]
+            exchange.totals.bytes_sent += others * self._reply_nbytes
+        self._handle = exchange.transport.pull(self._reply, self._reply_nbytes, self._name + ".pull")
 
     def _land(self, replies: Tensor) -> None:
         exchange = self._exchange
         start = time.perf_counter()
         if self._gradients is not None:
-            compressor = exchange.options.server_compressor
-            if exchange.worker_error is not None and not compressor.is_within(exchange.layout, replies):
-                self._undo(replies, exchange.worker_error)
-            compressor.decode(exchange.layout, replies, self._gradients)
+            if exchange.worker.error is not None and not self._server_compressor.is_within(exchange.layout, replies):
+                self._undo(replies, exchange.worker.error)
+            self._server_compressor.decode(exchange.layout, replies, self._gradients)
         exchange.totals.decode_seconds += time.perf_counter() - start
         own = exchange.transport.serves is not None
-        exchange.totals.bytes_received += (exchange.layout.shards - own) * exchange.reply_nbytes
+        exchange.totals.bytes_received += (exchange.layout.shards - own) * self._reply_nbytes
         self._gradients = None
-        exchange.spare_payloads.append(self._payload)
-        if self._reply is not None:
-            exchange.spare_replies.append(self._reply)
+        if self._compressor is not _UNCOMPRESSED:  # the warm-up's are large, and soon not needed
+            exchange.put_back(self._payload)
+            if self._reply is not None:
+                exchange.put_back(self._reply)
         self.landed = True
 
     def _undo(self, replies: Tensor, worker_error: Tensor) -> None:
-        """Takes this step back from the worker error where the reply is not finite: e = e' + Q[v] - g.
+        """Takes this step back from the worker's memory where the reply is not finite: e = e' + Q[v] - g.
 
         What this rank sent there is lost through no fault of its own, and an overflow step, which a GradScaler skips,
-        must not leave a trace. This is rare, so it may take full-size temporaries.
+        must not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. This is
+        rare, so it may take full-size temporaries.
         """
         assert self._gradients is not None
-        layout, options = self._exchange.layout, self._exchange.options
+        exchange, layout = self._exchange, self._exchange.layout
         arrived = [torch.empty(n, device=replies.device) for n in layout.numels]
         sent = [torch.empty(n, device=replies.device) for n in layout.numels]
-        options.server_compressor.decode(layout, replies, arrived)
-        options.compressor.decode(layout, self._payload, sent)
+        self._server_compressor.decode(layout, replies, arrived)
+        self._compressor.decode(layout, self._payload, sent)
         for offset, gradient, got, own in zip(layout.offsets, self._gradients, arrived, sent, strict=True):
-            error = worker_error[offset : offset + len(got)]
-            lost = ~got.isfinite() & own.isfinite() & gradient.view(-1).isfinite()
-            error[lost] += own[lost] - gradient.view(-1)[lost]
+            here = slice(offset, offset + len(got))
+            g = gradient.view(-1).float()
+            lost = ~got.isfinite() & own.isfinite() & g.isfinite()
+            e = worker_error[here]
+            if exchange.velocity is None:
+                e[lost] += own[lost] - g[lost]
+                continue
+            u = exchange.velocity[here]
+            forgotten = (own != 0) if self._compressor.sparse else torch.zeros_like(lost)
+            kept = lost & ~forgotten
+            e[kept] += own[kept] - u[kept]
+            u[kept] = (u[kept] - g[kept]) / exchange.options.momentum
+            e[lost & forgotten] += own[lost & forgotten] - g[lost & forgotten]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,19 +101,36 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
         name = f"doublesqueeze.{next(_optimizers)}"
-        self._double_squeeze_small = _SmallGradients()
+        self._double_squeeze_late = _LateGradients()
         self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
+        if squeeze.momentum:
+            _warn_of_two_momenta(squeeze.momentum, self.param_groups)
 
     return __init__
 
 
-class _SmallGradients:
-    """Small gradients that are not compressed. They wait for the end of backward and leave together.
+def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
+    """Momentum correction takes the place of the optimizer's own."""
+    for group in groups:
+        beta1 = group["betas"][0] if "betas" in group else 0.0
+        own = "momentum=0" if group.get("momentum") else "betas=(0.0, ...)" if beta1 else None
+        if own:
+            warnings.warn(
+                f"DoubleSqueeze: momentum={momentum} is on, and the optimizer's own too "
+                f"({group.get('momentum') or beta1}): gradients would be averaged twice. Give the optimizer {own}.",
+                stacklevel=4,
+            )
+            return
 
-    Horovod then fuses them. One after the other, each would cost as much latency as a large one.
+
+class _LateGradients:
+    """Gradients that are not compressed and wait for the end of backward: small ones, and all that are to be clipped.
+
+    They leave together, and Horovod fuses them. One after the other, each small one would cost as much latency as a large
+    one.
     """
 
     def __init__(self) -> None:
@@ -144,30 +162,30 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
         session = self._double_squeeze_session
         if session is None:
             return original(self, p)  # type: ignore[no-any-return]
-        small = self._double_squeeze_small
+        late = self._double_squeeze_late
         # A new step: what is still under way was dropped by optimizer.load_state_dict. Passes of a step that only
         # accumulate gradients have left handles of None.
         if all(handle is None for handle, _ in self._handles.values()):
             session.abandon()
-            small.forget()
+            late.forget()
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
         compressed = session.meet(p)
         dense = None
         if compressed:
             session.ready(p)
-        elif not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES:
-            small.add(p)
+        elif session.clips or (not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES):
+            late.add(p)
         else:
             dense = _dense(self, p, original)
 
         def result() -> Any:
-            session.start()
-            small.depart(lambda q: _dense(self, q, original))
+            session.depart()
+            late.depart(lambda q: _dense(self, q, original))
             session.drain()
             if compressed:
                 return session.finish(p)
-            return small.result(p) if dense is None else _result(dense)
+            return late.result(p) if dense is None else _result(dense)
 
         return result, None
 

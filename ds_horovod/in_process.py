@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .double_squeeze import DoubleSqueeze
 from .exchange import Exchange, Options
 from .layout import Layout
 
@@ -75,6 +76,10 @@ class InProcessTransport:
             del self._mailbox.sent[key], self._mailbox.taken[key]
         return torch.stack(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
 
+    def gather_objects(self, value: Any, name: str) -> list[Any]:
+        """This worker's alone: the others would have to run to give theirs, and `Workers` makes them all alike."""
+        return [value]
+
 
 class Simulation:
     """n workers exchanging one bucket, step after step.
@@ -93,7 +98,7 @@ class Simulation:
 
     def __init__(self, layout: Layout, options: Options, workers: int, server: int | None = None) -> None:
         self.exchanges = [
-            Exchange("simulation", layout, options, transport, torch.device("cpu"))
+            Exchange(0, "simulation", layout, options, transport, torch.device("cpu"))
             for transport in InProcessTransport.group(workers, server)
         ]
 
@@ -103,3 +108,51 @@ class Simulation:
         for _ in ("serve", "land"):
             for flight in flights:
                 flight.poll()
+
+
+class Workers:
+    """n workers that train one model together, step after step, with all that they would have under Horovod.
+
+    Parameters
+    ----------
+    make
+        Makes a DoubleSqueeze, one for each worker.
+    parameters
+        Names and parameters of the model, which stand for every worker's replica.
+    workers
+        How many, two at least.
+    """
+
+    def __init__(self, make: Callable[[], DoubleSqueeze], parameters: Sequence[tuple[str, Tensor]], workers: int) -> None:
+        self.squeezes = [make() for _ in range(workers)]
+        self._sessions = []
+        for squeeze, transport in zip(self.squeezes, InProcessTransport.group(workers, self.squeezes[0].server), strict=True):
+            own = [(name, p.detach().clone().requires_grad_(p.requires_grad)) for name, p in parameters]
+            session = squeeze.bind("workers", own, True, transport)
+            if session is None:
+                raise ValueError(f"Workers: workers must be at least 2, got {workers}")
+            self._sessions.append(session)
+
+    def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The aggregated gradient of each parameter, as every worker gets it.
+
+        Parameters
+        ----------
+        gradients
+            By worker and parameter, of those that are trained; overwritten.
+        """
+        for session, own in zip(self._sessions, gradients, strict=True):
+            for (_, p), gradient in zip(session.parameters, own, strict=True):
+                p.grad = gradient
+                if session.meet(p):
+                    session.ready(p)
+            session.depart()
+        for _ in ("serve", "land"):
+            for session in self._sessions:
+                session.poll()
+        result = []
+        for replicas in zip(*(session.parameters for session in self._sessions), strict=True):
+            travelled = [p.grad for _, p in replicas]
+            first = self._sessions[0].finish(replicas[0][1]) if self._sessions[0].covers(replicas[0][1]) else None
+            result.append(torch.stack(travelled).mean(0) if first is None else first)
+        return result

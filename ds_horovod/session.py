@@ -85,7 +85,8 @@ class Session(Generic[Handle]):
 
     In the first step nothing leaves before all gradients are there: only then is it known which are sparse, and the
     ranks have compared what they hold. From the second step on a bucket leaves as soon as it is full. There is no
-    thread: `ready` polls what is under way, `finish` waits for it.
+    thread: `ready` polls what is under way, `finish` waits for it. Where gradients are clipped, nothing leaves before
+    all are there in any step.
 
     Parameters
     ----------
@@ -116,8 +117,11 @@ class Session(Generic[Handle]):
         self.dense_bytes = 0
         """Bytes of gradients that have stayed with Horovod's own allreduce."""
         self.started = False
+        self.clips = options.max_norm is not None
+        """Whether no gradient may leave before all are there."""
         self._names = {p: n for n, p in self.parameters}
         self._gradients_met = 0
+        self._met: list[Tensor] = []  # in this step, where they are to be clipped
         self._arrived: set[Tensor] = set()  # and not yet under way
         self._journeys: list[_Journey[Handle]] = []
         self.adopt(frozenset(), self.fill(frozenset()))
@@ -137,7 +141,7 @@ class Session(Generic[Handle]):
             names, parameters = [chosen[i][0] for i in members], [chosen[i][1] for i in members]
             layout = pack([p.numel() for p in parameters], block, self.transport.shards)
             exchange = Exchange(
-                f"{self.name}.bucket{b}", layout, self.options, self.transport, parameters[0].device, self.totals
+                b, f"{self.name}.bucket{b}", layout, self.options, self.transport, parameters[0].device, self.totals
             )
             buckets.append(Bucket(names, parameters, exchange))
         return buckets
@@ -164,6 +168,13 @@ class Session(Generic[Handle]):
         self._gradients_met += 1
         gradient = p.grad
         assert gradient is not None
+        if self.clips:
+            if gradient.is_sparse:
+                raise ValueError(
+                    f"DoubleSqueeze: max_norm cannot clip the sparse gradient of {self._names[p]}; "
+                    "leave max_norm out, or make the gradient dense (sparse_as_dense=True)"
+                )
+            self._met.append(p)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -182,12 +193,15 @@ class Session(Generic[Handle]):
     def ready(self, p: Tensor) -> None:
         """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""
         self._arrived.add(p)
-        if self.started:
-            bucket = self._bucket_of[p]
-            bucket.missing -= 1
-            if not bucket.missing:
-                self._launch(bucket)
+        if self.started and not self.clips:
+            self._fill_up(p)
             self.poll()
+
+    def _fill_up(self, p: Tensor) -> None:
+        bucket = self._bucket_of[p]
+        bucket.missing -= 1
+        if not bucket.missing:
+            self._launch(bucket)
 
     def poll(self) -> None:
         """Does what can be done without waiting."""
@@ -199,7 +213,7 @@ class Session(Generic[Handle]):
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
-        self.start()
+        self.depart()
         self.drain()
         if p in self._arrived:
             bucket = self._bucket_of[p]
@@ -208,20 +222,34 @@ class Session(Generic[Handle]):
         assert p.grad is not None
         return p.grad
 
-    def start(self) -> None:
-        """At the end of the first step: compares notes with the other ranks, then sends all buckets.
+    def depart(self) -> None:
+        """Backward has ended: sends what has waited for that, all in the first step, and all where gradients are clipped.
 
         Raises
         ------
         ValueError
-            The ranks do not agree; the same on all of them.
+            In the first step: the ranks do not agree; the same on all of them.
         """
-        if self.started:
-            return
-        require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
-        self.started = self._hold_errors = True
-        for p in [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]:
-            self.ready(p)
+        waiting = []
+        if not self.started:
+            require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
+            self.started = self._hold_errors = True
+            waiting = [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]
+        if self._met:
+            waiting = [p for p in self._met if p in self._arrived]
+            self._clip([p.grad for p in self._met if p.grad is not None])
+            self._met.clear()
+        for p in waiting:
+            self._fill_up(p)
+            self.poll()
+
+    def _clip(self, gradients: Sequence[Tensor]) -> None:
+        """Scales gradients so that their norm, over all of them, is `max_norm` at most; not finite, it says nothing."""
+        assert self.options.max_norm is not None
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for g in gradients])))
+        if self.options.max_norm < norm < math.inf:
+            for gradient in gradients:
+                gradient.mul_(self.options.max_norm / norm)
 
     def drain(self) -> None:
         """Returns when nothing is under way.
@@ -252,6 +280,7 @@ class Session(Generic[Handle]):
             journey.copies.clear()
         self.drain()
         self._arrived.clear()
+        self._met.clear()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
@@ -289,6 +318,9 @@ class Session(Generic[Handle]):
             "server_error": self.options.server_error,
             "server": self.transport.server,
             "weight": self.options.weight,
+            "momentum": self.options.momentum,
+            "warmup_steps": self.options.warmup_steps,
+            "max_norm": self.options.max_norm,
             "min_numel": self.selection.min_numel,
             "bucket_cap_mb": self.selection.bucket_cap_mb,
             "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],

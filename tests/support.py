@@ -28,6 +28,7 @@ COMPRESSORS: list[Compressor] = [
     *(OneBit(64, scale, granularity) for scale in ("l1", "l2") for granularity in ("block", "parameter", "bucket")),
     TopK(0.05),
     TopK(0.05, values="fp16"),
+    TopK(0.05, values="sign"),
     TopK(k=3),
     NoCompression(),
     Int8(),

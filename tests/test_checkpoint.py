@@ -14,13 +14,6 @@ MIXED = (OneBit(32), TopK(0.1))
 SHAPES = {"first": (8, 40), "middle": (7, 11), "bias": (9,), "last": (64, 5)}
 
 
-class Transport(InProcessTransport):
-    """All ranks mean the same here."""
-
-    def gather_objects(self, value, name):
-        return [value] * self.size
-
-
 class Run:
     """Some ranks that exchange gradients, step after step."""
 
@@ -28,7 +21,7 @@ class Run:
         compressor, server_compressor = compressors
         options = {"min_numel": 1, "bucket_cap_mb": 0.002, **options}
         self.squeezes, self.parameters, self.sessions = [], [], []
-        for rank, transport in enumerate(Transport.group(size, server)):
+        for rank, transport in enumerate(InProcessTransport.group(size, server)):
             parameters = [(name, torch.zeros(shape, requires_grad=True)) for name, shape in shapes.items()]
             squeeze = DoubleSqueeze(compressor, server_compressor=server_compressor, server=server, **options)
             if states is not None:
@@ -45,7 +38,7 @@ class Run:
                 if session.meet(p):
                     session.ready(p)
         for session in self.sessions:
-            session.start()
+            session.depart()
         for _ in ("serve", "land"):  # in one process nobody else would do the other rank's part
             for session in self.sessions:
                 session.poll()
@@ -157,6 +150,27 @@ def test_going_back_in_a_running_session():
         assert_same_bits(run.step(g), result)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_momentum_and_warm_up_resume(steps):
+    """Also in the middle of the warm-up, of which a fresh start would take all steps again."""
+    options = {"compressors": (TopK(0.1, values="sign"), TopK(0.2)), "momentum": 0.9, "warmup_steps": 2}
+    run, g = Run(**options), generator(2)
+    for _ in range(steps):
+        run.step(g)
+    saved, at = [through_a_file(state) for state in run.states()], g.get_state()
+    assert all(bucket["step"] == steps and bucket["velocity"].abs().max() > 0 for bucket in saved[0]["buckets"])
+    expected = [run.step(g) for _ in range(3)]
+    again = Run(states=saved, **options)
+    g.set_state(at)
+    for result in expected:
+        assert_same_bits(again.step(g), result)
+    for squeeze, other in zip(run.squeezes, again.squeezes, strict=True):
+        assert_equal_states(squeeze.state_dict(), other.state_dict())
+    without = {**options, "momentum": 0.0}
+    with pytest.raises(ValueError, match=r"bucket 0 has a velocity of shape .*, here None"):
+        Run(states=saved, **without)
+
+
 def test_what_a_state_says():
     run = Run()
     run.step(generator(0))
@@ -180,7 +194,7 @@ def changed_bucket(state, **values):
 
 
 WRONG = {
-    "format": (lambda s: changed(s, format=99), "of format 99, this is format 1"),
+    "format": (lambda s: changed(s, format=99), "of format 99, this is format 2"),
     "world size": (lambda s: changed(s, size=3), "of world size 3, this is world size 2"),
     "rank": (lambda s: changed(s, rank=1), "of rank 1, this is rank 0"),
     "server": (lambda s: changed(s, server=0), "of server 0, this is server None"),
@@ -260,7 +274,7 @@ def use(squeezes, transports, tensors):
             session.meet(p)
             session.ready(p)
         for session in sessions:
-            session.start()
+            session.depart()
         for session, p in zip(sessions, stand_ins, strict=True):
             session.finish(p)
     return {s.parameters[0][0]: s.parameters[0][1].grad for s in squeezes[0]._sessions}
@@ -274,7 +288,7 @@ def named_tensors(seed):
 @pytest.fixture
 def used():
     squeezes = [DoubleSqueeze(OneBit(32)) for _ in range(2)]
-    transports = Transport.group(2)
+    transports = InProcessTransport.group(2)
     use(squeezes, transports, named_tensors(0))
     return squeezes, transports
 
@@ -285,7 +299,7 @@ def test_tensors_resume(used):
     fresh = [DoubleSqueeze(OneBit(32)) for _ in range(2)]
     for squeeze, state in zip(fresh, saved, strict=True):
         squeeze.load_state_dict(state)  # before the tensors are known
-    results = use(fresh, Transport.group(2), named_tensors(1))
+    results = use(fresh, InProcessTransport.group(2), named_tensors(1))
     for name, result in results.items():
         assert_same_bits(result, expected[name])
 
@@ -308,7 +322,7 @@ def test_tensors_of_another_rank(used):
     with pytest.raises(ValueError, match="of rank 1, this is rank 0"):
         swapped[0].load_state_dict(through_a_file(squeezes[1].state_dict()))
         swapped[1].load_state_dict(through_a_file(squeezes[0].state_dict()))
-        use(swapped, Transport.group(2), named_tensors(1))
+        use(swapped, InProcessTransport.group(2), named_tensors(1))
 
 
 def test_a_state_of_an_optimizer_is_not_one_of_tensors(used):

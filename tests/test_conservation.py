@@ -14,6 +14,7 @@ from ds_horovod import NoCompression, OneBit, TopK
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
+from ds_horovod.memory import Memory
 
 SIZES = [5, 700, 63, 1]
 TOLERANCE = 1e-5  # of the largest term: float32 rounds each of a step's few operations by 6e-8 of its result
@@ -40,10 +41,10 @@ every_pair = pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
 class Group:
     """n workers, and the terms of the law in float64, padding left out."""
 
-    def __init__(self, pair, workers, server=None, average=True, worker_error=True, server_error=True, sizes=SIZES):
+    def __init__(self, pair, workers, server=None, average=True, worker_error=True, server_error=True, sizes=SIZES, **more):
         self.sizes, self.workers, self.weight = sizes, workers, 1 / workers if average else 1.0
         self.layout = pack(sizes, math.lcm(*(q.block for q in pair)), workers if server is None else 1)
-        options = Options(*pair, worker_error, server_error, self.weight)
+        options = Options(*pair, worker_error, server_error, self.weight, **more)
         self.simulation = Simulation(self.layout, options, workers, server)
 
     def gradients(self, g):
@@ -69,8 +70,16 @@ class Group:
         """What waits in the errors, as it will count."""
         return self.weight * sum(e.double() for e in self.worker_errors()) + self.server_error().double()
 
+    def velocities(self):
+        return [gathered(self.layout, exchange.velocity) for exchange in self.simulation.exchanges]
+
     def given(self, gradients):
-        return self.weight * sum(torch.cat(worker).double() for worker in gradients)
+        """What the workers are about to add: gradients, or what momentum makes of them."""
+        gradients = [torch.cat(worker).double() for worker in gradients]
+        momentum = self.simulation.exchanges[0].options.momentum
+        if momentum:
+            gradients = [momentum * u.double() + g for u, g in zip(self.velocities(), gradients, strict=True)]
+        return self.weight * sum(gradients)
 
 
 def check_law(group, gradients, where=slice(None)):
@@ -119,10 +128,10 @@ def test_sixty_four_workers(server):
 # ---- against the algorithm as the paper writes it
 
 
-def through(compressor, layout, tensors):
-    """Q[v], by the compressor's own passes."""
+def through(compressor, layout, tensors, step=0, rank=0):
+    """Q[v], by the compressor's own passes, as a worker draws its random numbers."""
     payload = torch.zeros(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8)
-    compressor.encode(layout, [t.clone() for t in tensors], None, payload)
+    compressor.encode(layout, [t.clone() for t in tensors], Memory(step=step, sender=2 * rank), payload)
     values = [torch.empty_like(t) for t in tensors]
     compressor.decode(layout, payload, values)
     return values
@@ -236,3 +245,83 @@ def test_a_sum_of_finite_values_overflows(pair, huge, where, server):
         assert error.isfinite().all() and error[lost].abs().max() < 100
     for _ in range(3):
         assert check_law(group, group.gradients(g)).isfinite().all()
+
+
+# ---- momentum correction, in which a velocity takes the place of the gradient
+
+
+SPARSE = [pair for pair in PAIRS if pair[0].sparse]
+every_sparse_pair = pytest.mark.parametrize("pair", SPARSE, ids=pair_id)
+
+
+@pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
+@pytest.mark.parametrize("workers, server", GROUPS)
+@every_sparse_pair
+def test_momentum_keeps_the_law(pair, workers, server, average):
+    g = generator(7)
+    group = Group(pair, workers, server, average, momentum=0.9)
+    for _ in range(5):
+        check_law(group, group.gradients(g))
+
+
+@every_sparse_pair
+def test_the_velocity_of_what_was_sent_is_forgotten(pair):
+    g = generator(8)
+    group = Group(pair, 3, momentum=0.75)
+    u, e = [torch.zeros(sum(SIZES))] * 3, [torch.zeros(sum(SIZES))] * 3
+    for step in range(4):
+        gradients = group.gradients(g)
+        u = [0.75 * own + torch.cat(gradient) for own, gradient in zip(u, gradients, strict=True)]
+        v = [own + rest for own, rest in zip(u, e, strict=True)]
+        sent = [torch.cat(through(pair[0], group.layout, list(own.split(SIZES)), step, rank)) for rank, own in enumerate(v)]
+        u = [own.masked_fill(away != 0, 0.0) for own, away in zip(u, sent, strict=True)]
+        e = [own - away for own, away in zip(v, sent, strict=True)]
+        group.step(gradients)
+        assert any((away == 0).any() for away in sent) and all((away != 0).any() for away in sent)
+        for own, expected in zip(group.velocities() + group.worker_errors(), u + e, strict=True):
+            assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("server", [None, 2])
+@every_sparse_pair
+def test_what_is_not_finite_leaves_the_velocity_alone(pair, server):
+    g = generator(9)
+    group = Group(pair, 3, server, momentum=0.9)
+    for _ in range(3):
+        check_law(group, group.gradients(g))
+
+    def waits():  # of each worker: what its next step starts from
+        return [e.double() + 0.9 * u.double() for e, u in zip(group.worker_errors(), group.velocities(), strict=True)]
+
+    before, own_velocity, own_error = waits(), group.velocities()[-1], group.worker_errors()[-1]
+    gradients = group.gradients(g)
+    gradients[-1][1][333] = math.nan
+    place = SIZES[0] + 333
+    lost = ~group.step(gradients).isfinite()
+    assert lost[place]
+    assert_same_bits(group.velocities()[-1][place], own_velocity[place])
+    assert_same_bits(group.worker_errors()[-1][place], own_error[place])
+    for after, was in zip(waits(), before, strict=True):
+        torch.testing.assert_close(after[lost], was[lost], rtol=0, atol=1e-5)
+    assert check_law(group, group.gradients(g)).isfinite().all()
+
+
+# ---- the first steps uncompressed
+
+
+@pytest.mark.parametrize("server", [None, 1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_warm_up_is_uncompressed(momentum, server):
+    g = generator(10)
+    group = Group((TopK(0.05), TopK(0.1)), 2, server, warmup_steps=3, momentum=momentum)
+    velocity = 0.0
+    for step in range(6):
+        gradients = group.gradients(g)
+        if step == 3:
+            assert group.waiting().abs().max() == 0
+        output = check_law(group, gradients)
+        velocity = momentum * velocity + 0.5 * (torch.cat(gradients[0]) + torch.cat(gradients[1]))
+        if step < 3:
+            torch.testing.assert_close(output, velocity)
+        else:
+            assert (output != 0).sum() < 0.25 * len(output)

@@ -13,11 +13,13 @@ from ds_horovod import OneBit, TopK, _cpu, kernels
 from ds_horovod.compressors.top_k import _format as _top_k_format
 from ds_horovod.kernels import cpu, reference
 from ds_horovod.layout import pack
+from ds_horovod.memory import Memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ONE_BIT = [OneBit(*o) for o in itertools.product((32, 96, 2048), ("l1", "l2"), ("block", "parameter", "bucket"))]
-TOP_K = [TopK(ratio, values=values) for ratio in (0.001, 0.01, 0.3, 1.0) for values in ("fp32", "fp16")]
-TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in ("fp32", "fp16")]
+VALUES = ("fp32", "fp16", "sign")
+TOP_K = [TopK(ratio, values=values) for ratio in (0.001, 0.01, 0.3, 1.0) for values in VALUES]
+TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in VALUES]
 CODECS = ONE_BIT + TOP_K
 
 SIZES = [[1], [7], [8], [9], [31], [2047], [2048], [2049], [65535], [65537], [5, 100, 3000], [70000, 1, 33, 200000]]
@@ -83,17 +85,19 @@ def oracle():
 
 
 def passes(codec, layout, gradients, error, dtype):
-    """Encodes, decodes and accumulates; all that comes of it."""
-    error = None if error is None else error.clone()
+    """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
+    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
+    if codec.sparse and gradients is not None and error is not None:
+        memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, gradients, error, payload)
+    codec.encode(layout, gradients, memory, payload)
     decoded = [torch.full((numel,), 7, dtype=dtype) for numel in layout.numels]
     codec.decode(layout, payload, decoded)
     totals = torch.randn(layout.shards, layout.shard_numel, generator=generator(1))
     for shard, total in enumerate(totals):
         codec.accumulate(layout.shard(shard), payload[shard], 0.3, total)
     results = {"payload": payload, "decoded": torch.cat(decoded), "totals": totals}
-    return results if error is None else results | {"error": error}
+    return results | {name: kept for name, kept in (("error", memory.error), ("velocity", memory.velocity)) if kept is not None}
 
 
 def check_passes(codec, layout, gradients, error, dtype, what):
@@ -148,14 +152,14 @@ def test_memory_that_is_not_aligned(codec, dtype, instruction_set):
     layout = pack([MILLION], codec.block, 1)
     gradient = make("normal", [MILLION], dtype)[0]
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [gradient], None, payload)
+    codec.encode(layout, [gradient], Memory(), payload)
     decoded = torch.empty_like(gradient)
     codec.decode(layout, payload, [decoded])
 
     shifted, into = torch.empty(MILLION + 1, dtype=dtype)[1:], torch.empty(MILLION + 1, dtype=dtype)[1:]
     shifted.copy_(gradient)
     again = torch.zeros_like(payload)
-    codec.encode(layout, [shifted], None, again)
+    codec.encode(layout, [shifted], Memory(), again)
     codec.decode(layout, again, [into])
     assert_same_bits(again, payload)
     assert_same_bits(into, decoded)
@@ -192,7 +196,9 @@ def all_alike(v):
     v[:] = 0.25
 
 
-@pytest.mark.parametrize("codec", [TopK(0.01), TopK(0.01, values="fp16"), TopK(0.3), TopK(k=3)], ids=str)
+@pytest.mark.parametrize(
+    "codec", [TopK(0.01), TopK(0.01, values="fp16"), TopK(0.05, values="sign"), TopK(0.3), TopK(k=3)], ids=str
+)
 @pytest.mark.parametrize("spoil", [guess_too_high, guess_too_low, few_heavy_in_clusters, few_not_zero, all_alike])
 def test_top_k_when_the_guessed_threshold_fails(codec, spoil, use_threads):
     numel = 1 << 20
@@ -216,7 +222,7 @@ def test_serve(codec, content, error_kept):
         pushed = torch.zeros(workers, 2, codec.chunk_nbytes(layout), dtype=torch.uint8)
         for worker, payload in enumerate(pushed):
             contents = content if worker == 0 else "normal"
-            codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), None, payload)
+            codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), Memory(), payload)
         for shard in (0, 1):
             arrived, alone = pushed[:, shard].contiguous(), layout.shard(shard)
             rests = [torch.randn(numel, generator=generator(9)) for numel in alone.numels]
@@ -225,7 +231,7 @@ def test_serve(codec, content, error_kept):
                 error = spread(alone, rests) if error_kept else None
                 reply = torch.zeros(codec.chunk_nbytes(alone), dtype=torch.uint8)
                 with context:
-                    codec.serve(alone, arrived, codec, weight, error, reply)
+                    codec.serve(alone, arrived, codec, weight, Memory(error), reply)
                 results.append((reply, error))
             for reply, error in results[1:]:
                 assert_same_bits(reply, results[0][0], f"reply ({workers} workers, shard {shard}):")
@@ -233,7 +239,9 @@ def test_serve(codec, content, error_kept):
                     assert_same_bits(error, results[0][1], f"error ({workers} workers, shard {shard}):")
 
 
-@pytest.mark.parametrize("codec", [*ONE_BIT, TopK(0.01), TopK(0.3, values="fp16"), TopK(k=3)], ids=str)
+@pytest.mark.parametrize(
+    "codec", [*ONE_BIT, TopK(0.01), TopK(0.3, values="fp16"), TopK(0.05, values="sign")], ids=str
+)
 @pytest.mark.parametrize("content", ["normal", "ties", "not finite"])
 def test_threads_make_no_difference(codec, content, instruction_set, use_threads):
     sizes = [70000, 1, 33, 200000]
@@ -261,6 +269,48 @@ def test_all_within(numel, instruction_set):
             assert not cpu.all_within(spoiled) and not reference.all_within(spoiled)
 
 
+# ---- random numbers
+
+KNOWN_ANSWERS = [  # key, counter and words of Philox4x32-10 in Random123's kat_vectors
+    ("00000000 00000000", "00000000 00000000 00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff", "ffffffff ffffffff ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("a4093822 299f31d0", "243f6a88 85a308d3 13198a2e 03707344", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize("key, counter, words", KNOWN_ANSWERS)
+def test_random_words_are_those_published(key, counter, words, instruction_set):
+    (low, high), counter, words = ([int(word, 16) for word in text.split()] for text in (key, counter, words))
+    seed, (row, *others) = high << 32 | low, counter
+    assert reference.random_words(seed, torch.tensor([counter])).tolist() == [words]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    for lane in (0, 3, 7):  # of eight rows that are drawn at once
+        rows = np.reshape(_cpu.uniforms_of_rows(seed, *others, row - lane & 0xFFFFFFFF, 8), (8, 8))
+        assert (rows[lane] * 65536).tolist() == halves
+    assert (np.array(_cpu.uniforms_of_rows(seed, *others, row, 1)) * 65536).tolist() == halves
+
+
+def test_uniforms(instruction_set):
+    memory, rows = Memory(step=7, bucket=2, sender=5), 10_003
+    for first in (0, 12345, (1 << 32) - 100):  # the row's lowest 32 bits count
+        positions = torch.arange(8 * first, 8 * (first + rows))
+        expected = reference.uniforms(1 << 40 | 3, memory, positions)
+        assert_same_bits(torch.tensor(_cpu.uniforms_of_rows(1 << 40 | 3, 7, 2, 5, first, rows)), expected)
+        assert expected.min() >= 0.0 and expected.max() < 1.0
+        assert abs(expected.mean() - 0.5) < 0.005 and abs(expected.var() - 1 / 12) < 0.002
+        assert abs(torch.stack([expected[:-1], expected[1:]]).corrcoef()[0, 1]) < 0.02
+
+
+def test_other_counters_draw_others():
+    positions = torch.arange(1000)
+    drawn = [
+        reference.uniforms(0, memory, positions) for memory in (Memory(), Memory(step=1), Memory(bucket=1), Memory(sender=1))
+    ]
+    drawn += [reference.uniforms(seed, Memory(), positions) for seed in (1, 1 << 32)]
+    for first, second in itertools.combinations(drawn, 2):
+        assert (first == second).sum() < 5
+
+
 # ---- against what is neither of the two
 
 
@@ -272,7 +322,7 @@ def test_top_k_is_that_of_torch(codec, numel, instruction_set):
     layout = pack([numel], codec.block, 1)
     error, decoded = torch.zeros(layout.numel), torch.empty(numel)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [v], error, payload)
+    codec.encode(layout, [v], Memory(error), payload)
     codec.decode(layout, payload, [decoded])
     k = min(numel, codec.k or int(np.ceil(codec.ratio * numel)))
     chosen = v.abs().topk(k).indices
@@ -288,7 +338,7 @@ def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
     v = torch.randn(numel, generator=generator(0))
     layout = pack([numel], codec.block, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [v], None, payload)
+    codec.encode(layout, [v], Memory(), payload)
     signs = np.packbits(np.signbit(v.numpy()), bitorder="little")
     scales = layout.numel // codec.block if codec.granularity == "block" else 1
     at = -(-4 * scales // 16) * 16
@@ -301,7 +351,7 @@ def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
     assert written[: 4 * scales].view(np.float32) == pytest.approx(means, rel=1e-6)
 
 
-@pytest.mark.parametrize("values", ["fp32", "fp16"])
+@pytest.mark.parametrize("values", VALUES)
 def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_set):
     """The whole shard becomes NaN, the errors of such values stay, and finite values wait in the error."""
     codec, layout = TopK(k=3, values=values), pack([100, 70], 32, 2)
@@ -311,7 +361,7 @@ def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_se
     for module in (cpu, reference):
         error = torch.arange(float(layout.numel))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, error, payload)
+        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, Memory(error), payload)
         decoded = [torch.zeros(100), torch.zeros(70)]
         module.top_k_decode(_top_k_format(codec, layout), layout, payload, decoded)
         assert not codec.is_within(layout, payload)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import Compressor, DoubleSqueeze, OneBit, TopK
+from ds_horovod import Compressor, DoubleSqueeze, NoCompression, OneBit, TopK
 from ds_horovod.agreement import require_agreement
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
+from ds_horovod.memory import Memory
 from ds_horovod.session import Selection, Session
 
 
@@ -33,7 +34,7 @@ def test_ratio_or_k():
 
 
 def test_values():
-    with pytest.raises(ValueError, match="TopK: values must be one of fp32, fp16, got 'bf16'"):
+    with pytest.raises(ValueError, match="TopK: values must be one of fp32, fp16, sign, got 'bf16'"):
         TopK(values="bf16")
 
 
@@ -57,6 +58,42 @@ def test_granularity():
 def test_server(server):
     with pytest.raises(ValueError, match=f"server must be a rank, or None for all ranks; got {server!r}"):
         DoubleSqueeze(server=server)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1, 1.5, math.nan])
+def test_momentum(momentum):
+    with pytest.raises(ValueError, match=f"momentum must be at least 0 and under 1, got {momentum}"):
+        DoubleSqueeze(TopK(), momentum=momentum)
+
+
+@pytest.mark.parametrize("compressor", [OneBit(), NoCompression()])
+def test_momentum_needs_a_compressor_that_leaves_elements_out(compressor):
+    with pytest.raises(ValueError, match=r"momentum=0.9 needs a compressor that leaves elements out, as TopK does; (One|No)"):
+        DoubleSqueeze(compressor, momentum=0.9)
+
+
+def test_momentum_needs_an_error():
+    with pytest.raises(ValueError, match=r"momentum=0\.9 needs worker_error=True, got False"):
+        DoubleSqueeze(TopK(), momentum=0.9, worker_error=False)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, None])
+def test_warmup_steps(steps):
+    with pytest.raises(ValueError, match=f"warmup_steps must be a whole number, 0 or more; got {steps}"):
+        DoubleSqueeze(warmup_steps=steps)
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, math.nan, math.inf])
+def test_max_norm(norm):
+    with pytest.raises(ValueError, match=f"max_norm must be positive and finite, or None; got {norm}"):
+        DoubleSqueeze(max_norm=norm)
+
+
+def test_the_papers_recipe():
+    paper = DoubleSqueeze.paper(server=1)
+    assert paper.compressor == paper.server_compressor == OneBit(scale="l2", granularity="bucket")
+    assert (paper.server, paper.bucket_cap_mb, paper.worker_error, paper.server_error) == (1, None, True, True)
+    assert DoubleSqueeze.paper(TopK(k=300_000)).compressor == TopK(k=300_000)
 
 
 @pytest.mark.parametrize("cap", [0, -1.0, math.nan])
@@ -177,7 +214,8 @@ def test_repr_of_double_squeeze_names_every_option():
     text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
-        "granularity='block'), worker_error=False, server_error=True, server=3, bucket_cap_mb=None, min_numel=4096)"
+        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, warmup_steps=0, max_norm=None, server=3, "
+        "bucket_cap_mb=None, min_numel=4096)"
     )
 
 
@@ -235,9 +273,9 @@ def test_sessions_compare_everything_that_matters(key, options, selection, shape
         )
 
     expected = session({}, {}, (64, 64))._description()
-    session({}, {}, (64, 64)).start()
+    session({}, {}, (64, 64)).depart()
     with pytest.raises(ValueError, match=rf"nothing was exchanged:\n  {key}: .* on rank 0, .* on rank 1$"):
-        session(options, selection, shape).start()
+        session(options, selection, shape).depart()
 
 
 # ---- a user's own compressor
@@ -257,7 +295,7 @@ class Wrong(Int8):
 def exchange_with(compressor):
     layout, error = pack([100], 32, 1), torch.zeros(128)
     payload = torch.zeros(1, compressor.chunk_nbytes(layout), dtype=torch.uint8)
-    compressor.encode(layout, [torch.ones(100)], error, payload)
+    compressor.encode(layout, [torch.ones(100)], Memory(error), payload)
     compressor.decode(layout, payload, [torch.empty(100)])
 
 

@@ -10,10 +10,19 @@ from test_kernels import oracle
 
 from ds_horovod import NoCompression, OneBit, TopK
 from ds_horovod.layout import pack
+from ds_horovod.memory import Memory
 
 SIZES = [[1], [40], [5, 700, 63, 1], [70000, 33, 1]]
-EVERY = [*COMPRESSORS, OneBit(), OneBit(32, "l2"), OneBit(96, granularity="parameter"), TopK(), TopK(1.0, values="fp16")]
-TOP_K = [TopK(0.05), TopK(0.05, values="fp16"), TopK(k=3), TopK(1.0)]
+EVERY = [
+    *COMPRESSORS,
+    OneBit(),
+    OneBit(32, "l2"),
+    OneBit(96, granularity="parameter"),
+    TopK(),
+    TopK(1.0, values="fp16"),
+    TopK(0.2, values="sign"),
+]
+TOP_K = [TopK(0.05), TopK(0.05, values="fp16"), TopK(0.05, values="sign"), TopK(k=3), TopK(1.0), TopK(1.0, values="sign")]
 GUARD = 64  # elements before and after what may be written
 MARK = 77
 
@@ -41,7 +50,7 @@ def encoded(compressor, layout, seed=0):
     gradients = [torch.randn(numel, generator=g) for numel in layout.numels]
     payload = Guarded(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8, fill=0)
     error = Guarded(layout.numel, fill=0)
-    compressor.encode(layout, gradients, error.tensor, payload.tensor)
+    compressor.encode(layout, gradients, Memory(error.tensor), payload.tensor)
     assert payload.guard_holds() and error.guard_holds()
     return payload.tensor
 
@@ -53,6 +62,23 @@ def up16(nbytes):
     return (nbytes + 15) // 16 * 16
 
 
+def top_k_parts(compressor, layout):
+    """Where the parts of a chunk begin, and how many lower bits an entry has."""
+    numel, runs = layout.shard_numel, math.ceil(layout.shard_numel / 65536)
+    most = max(sum(piece.numel for piece in pieces) for pieces in layout.pieces) if layout.most is None else layout.most[0]
+    k = min(compressor.k or math.ceil(round(compressor.ratio * most, 6)), most)
+    sign = compressor.values == "sign"
+    found = []
+    for b in range(16):
+        scales = up16(4 * runs)
+        upper = up16(scales + 2 * (math.ceil(k / 64) + runs) * sign)
+        low = up16(upper + (math.ceil(numel / 2**b) + (k if b else 0) + 7 * runs) // 8)
+        values = up16(low + (k * (b + sign) + 7 * runs) // 8)
+        end = up16(values + {"fp32": 4, "fp16": 2, "sign": 0}[compressor.values] * k)
+        found.append({"k": k, "low_bits": b, "scales": scales, "upper": upper, "low": low, "values": values, "end": end})
+    return min(found, key=lambda parts: parts["end"])
+
+
 def expected_nbytes(compressor, layout):
     numels = [sum(piece.numel for piece in pieces) for pieces in layout.pieces]
     if isinstance(compressor, OneBit):
@@ -60,9 +86,7 @@ def expected_nbytes(compressor, layout):
         scales = max(map(len, layout.pieces)) if scales is None else scales
         return up16(4 * scales) + up16(layout.shard_numel // 8)
     if isinstance(compressor, TopK):
-        k = min(compressor.k or math.ceil(compressor.ratio * max(numels)), max(numels))
-        counts = up16(4 * math.ceil(layout.shard_numel / 65536))
-        return counts + up16(2 * k) + up16((2 if compressor.values == "fp16" else 4) * k)
+        return top_k_parts(compressor, layout)["end"]
     if isinstance(compressor, NoCompression):
         return up16(4 * layout.shard_numel)
     return up16(16 + compressor.payload_nbytes(max(numels)))
@@ -111,16 +135,32 @@ def one_bit_values(compressor, layout, shard, chunk):
 
 
 def top_k_values(compressor, layout, shard, chunk):
-    """As the format says: a count for each run of 65536, then offsets within the run, then values."""
-    most = layout.most_elements
-    k = min(compressor.k or math.ceil(compressor.ratio * most), most)
-    runs = math.ceil(layout.shard_numel / 65536)
-    counts = chunk[: 4 * runs].view(np.uint32)
-    offsets = chunk[up16(4 * runs) :][: 2 * k].view(np.uint16)[: counts.sum()]
-    dtype = np.dtype(np.float16 if compressor.values == "fp16" else np.float32)
-    values = chunk[up16(4 * runs) + up16(2 * k) :][: dtype.itemsize * k].view(dtype)[: counts.sum()]
+    """As the format says, entry by entry."""
+    at = top_k_parts(compressor, layout)
+    sign, b = compressor.values == "sign", at["low_bits"]
+    every_bit = np.unpackbits(chunk, bitorder="little")
+    upper, low, scale, entry = 8 * at["upper"], 8 * at["low"], at["scales"], 0
     result = np.zeros(layout.shard_numel, np.float32)
-    result[np.repeat(np.arange(runs), counts) * 65536 + offsets] = values
+    runs = math.ceil(layout.shard_numel / 65536)
+    for run, count in enumerate(chunk[: 4 * runs].view(np.uint32)):
+        rows = math.ceil(min(65536, layout.shard_numel - run * 65536) / 2**b)
+        length = rows + (int(count) if b else 0)
+        ones = np.flatnonzero(every_bit[upper : upper + length])
+        assert len(ones) == count
+        for i, one in enumerate(ones):
+            field = every_bit[low + i * (b + sign) :][: b + sign]
+            offset = (int(one) - (i if b else 0)) * 2**b + int(field[:b] @ 2 ** np.arange(b))
+            if sign:
+                mean = (chunk[scale + i // 64 * 2 :][:2].view(np.uint16).astype(np.uint32) << 16).view(np.float32)[0]
+                value = -mean if field[b] else mean
+            else:
+                dtype = np.dtype(np.float16 if compressor.values == "fp16" else np.float32)
+                value = chunk[at["values"] + dtype.itemsize * entry :][: dtype.itemsize].view(dtype)[0]
+            result[run * 65536 + offset] = value
+            entry += 1
+        upper += 8 * math.ceil(length / 8)
+        low += 8 * math.ceil(count * (b + sign) / 8)
+        scale += 2 * math.ceil(count / 64)
     return result
 
 
@@ -181,38 +221,44 @@ def test_another_size(compressor):
         compressor.decompress(alone[:-16], 1000)
 
 
-def corrupt(payload, compressor, layout, **words):
-    """Overwrites the first words of the first chunk's counts or offsets."""
-    payload = payload.clone()
-    chunk = payload[0].numpy()
-    offsets_at = up16(4 * math.ceil(layout.shard_numel / 65536))
-    for name, values in words.items():
-        view = chunk[:offsets_at].view(np.uint32) if name == "counts" else chunk[offsets_at:].view(np.uint16)
-        view[: len(values)] = values
-    return payload
+def with_entries(compressor, layout, entries, counts=None, stray_bits=()):
+    """A chunk that says there are entries at these offsets of its first run, and perhaps another count."""
+    at, chunk = top_k_parts(compressor, layout), np.zeros(compressor.chunk_nbytes(layout), np.uint8)
+    counts = [len(entries)] if counts is None else counts
+    chunk[: 4 * len(counts)].view(np.uint32)[:] = counts
+    b, width = at["low_bits"], at["low_bits"] + (compressor.values == "sign")
+    ones = [(offset >> b) + (i if b else 0) for i, offset in enumerate(entries)] + list(stray_bits)
+    for one in ones:
+        chunk[at["upper"] + one // 8] |= 1 << one % 8
+    for i, offset in enumerate(entries):
+        for j in range(b):
+            bit = i * width + j
+            chunk[at["low"] + bit // 8] |= (offset >> j & 1) << bit % 8
+    return torch.from_numpy(chunk).view(1, -1)
+
+
+def is_refused(compressor, layout, payload):
+    decoded = decode_and_watch(compressor, layout, payload), accumulate_and_watch(compressor, layout, payload[0])
+    assert (decoded[0] is None) == (decoded[1] is None)
+    return decoded[0] is None
 
 
 @pytest.mark.parametrize("sizes", [[2000], [70000, 33, 1]], ids=str)
-@pytest.mark.parametrize(
-    "words",
-    [
-        {"counts": [2**32 - 1]},
-        {"counts": [2**31]},
-        {"counts": [65537]},
-        {"counts": [2], "offsets": [7, 7]},
-        {"counts": [2], "offsets": [7, 6]},
-        {"counts": [3], "offsets": [0, 65535, 1]},
-    ],
-    ids=str,
-)
 @every_top_k
-def test_corrupted_top_k(compressor, words, sizes):
+def test_corrupted_top_k(compressor, sizes):
     layout = pack(sizes, compressor.block, 1)
-    payload = corrupt(encoded(compressor, layout), compressor, layout, **words)
-    assert decode_and_watch(compressor, layout, payload) is None
-    assert accumulate_and_watch(compressor, layout, payload[0]) is None
-    with pytest.raises(ValueError, match="corrupted top-k payload"):
-        compressor.decode(layout, payload, [torch.empty(numel) for numel in sizes])
+    assert not is_refused(compressor, layout, with_entries(compressor, layout, [7]))
+    assert not is_refused(compressor, layout, with_entries(compressor, layout, [6, 7]))
+    for counts in ([2**32 - 1], [2**31], [65537], [0], [2], [top_k_parts(compressor, layout)["k"] + 1]):
+        payload = with_entries(compressor, layout, [7], counts)
+        assert is_refused(compressor, layout, payload)
+        with pytest.raises(ValueError, match="corrupted top-k payload"):
+            compressor.decode(layout, payload, [torch.empty(numel) for numel in sizes])
+    # more entries than are counted; two at one place; one before the other in a row of the lower bits
+    assert is_refused(compressor, layout, with_entries(compressor, layout, [7], [1], stray_bits=[6]))
+    if top_k_parts(compressor, layout)["low_bits"]:
+        assert is_refused(compressor, layout, with_entries(compressor, layout, [7, 7]))
+        assert is_refused(compressor, layout, with_entries(compressor, layout, [7, 6]))
 
 
 @every_top_k
@@ -222,24 +268,18 @@ def test_counts_over_k(compressor):
     counts = payload[0, :8].numpy().view(np.uint32)
     assert counts.sum() == min(compressor.k or math.ceil(compressor.ratio * 70034), 70034)
     counts[1] += 1
-    assert decode_and_watch(compressor, layout, payload) is None
-    assert accumulate_and_watch(compressor, layout, payload[0]) is None
+    assert is_refused(compressor, layout, payload)
 
 
 @pytest.mark.parametrize(
-    "sizes, offset",
-    [([40], 40), ([40], 63), ([40], 64), ([40], 65535), ([5, 33], 5), ([5, 33], 31), ([5, 33], 65), ([5, 33], 96)],
-    ids=str,
+    "sizes, offset", [([40], 40), ([40], 63), ([5, 33], 5), ([5, 33], 31), ([5, 33], 65), ([5, 33], 95)], ids=str
 )
 @every_top_k
 def test_offsets_where_no_element_is(compressor, sizes, offset):
     layout = pack(sizes, compressor.block, 1)
     for good in (0, sizes[0] - 1, layout.offsets[-1] + sizes[-1] - 1):
-        payload = corrupt(encoded(compressor, layout), compressor, layout, counts=[1], offsets=[good])
-        assert decode_and_watch(compressor, layout, payload) is not None
-    payload = corrupt(payload, compressor, layout, counts=[1], offsets=[offset])
-    assert decode_and_watch(compressor, layout, payload) is None
-    assert accumulate_and_watch(compressor, layout, payload[0]) is None
+        assert not is_refused(compressor, layout, with_entries(compressor, layout, [good]))
+    assert is_refused(compressor, layout, with_entries(compressor, layout, [offset]))
 
 
 def test_one_corrupted_chunk_refuses_the_payload():
@@ -258,7 +298,9 @@ def random_corruptions(payload, tries):
         yield torch.where(touched, noise, payload)
 
 
-@pytest.mark.parametrize("compressor", [TopK(0.05), TopK(k=3), TopK(1.0, values="fp16"), OneBit(64)], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [TopK(0.05), TopK(0.2, values="sign"), TopK(k=3), TopK(1.0, values="fp16"), OneBit(64)], ids=repr
+)
 def test_random_bytes(compressor):
     """Refused, or decoded to what the oracle makes of them."""
     layout = pack([5, 700, 63, 1], compressor.block, 2)
@@ -323,6 +365,6 @@ def test_gradients_of_another_layout():
         with pytest.raises(ValueError):
             compressor.decode(layout, payload, gradients)
         with pytest.raises(ValueError):
-            compressor.encode(layout, gradients, None, payload)
+            compressor.encode(layout, gradients, Memory(), payload)
     with pytest.raises(ValueError, match="expected 1088 contiguous float32 values"):
-        compressor.encode(layout, [torch.zeros(1000), torch.zeros(40)], torch.zeros(1040), payload)
+        compressor.encode(layout, [torch.zeros(1000), torch.zeros(40)], Memory(torch.zeros(1040)), payload)

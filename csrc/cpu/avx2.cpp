@@ -22,10 +22,12 @@
 #endif
 #define DS_AVX2
 #include "one_bit.inl"
+#include "random.inl"
 #include "top_k.inl"
 
 const Kernels avx2_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
-                            top_k_encode,   top_k_decode,   top_k_accumulate, all_within};
+                            top_k_encode,   top_k_decode,   top_k_accumulate, all_within,
+                            uniforms_of_rows};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

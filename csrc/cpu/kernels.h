@@ -30,10 +30,25 @@ struct OneBit {
     int64_t chunk_bytes;
 };
 
+enum class Values { fp32, fp16, sign };
+
 struct TopK {
     int64_t k;            // entries in a chunk, at most
-    bool half;            // values travel as fp16
-    int64_t offsets_at, values_at, chunk_bytes;
+    Values values;
+    int low_bits;         // of an offset that are written out, the upper ones being coded in unary
+    int64_t scales_at, upper_at, low_at, values_at, chunk_bytes;
+};
+
+// What one side keeps of a bucket (ds_horovod/memory.py), or null. A velocity comes with gradients and an error.
+struct Memory {
+    float* error;
+    float* velocity;
+    float momentum;
+};
+
+// Random numbers: of a key (low and high half of a seed) and three words of a counter, before which random.inl counts rows.
+struct Philox {
+    uint32_t key[2], counter[3];
 };
 
 struct Kernels {
@@ -42,10 +57,11 @@ struct Kernels {
                           float* error, uint8_t* chunk, int threads);
     void (*one_bit_decode)(const OneBit&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
     void (*one_bit_accumulate)(const OneBit&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
-    void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, float* error, uint8_t* chunks, int threads);
+    void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
     void (*top_k_decode)(const TopK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
     void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum);
     bool (*all_within)(const float* values, int64_t count, float limit);
+    void (*uniforms_of_rows)(const Philox&, uint64_t first_row, int64_t rows, float* out);
 };
 
 extern const Kernels avx2_kernels, portable_kernels;

@@ -98,9 +98,14 @@ struct Call {
                 "a chunk too small for its scales and signs");
     }
     static void check(const TopK& codec, const OwnedLayout& owned) {
-        const int64_t runs = (owned.shard_numel + 65535) / 65536;
-        require(codec.k >= 0 && codec.offsets_at >= 4 * runs && codec.values_at >= codec.offsets_at + 2 * codec.k &&
-                    codec.chunk_bytes >= codec.values_at + (codec.half ? 2 : 4) * codec.k,
+        const int64_t runs = (owned.shard_numel + 65535) / 65536, k = codec.k;
+        const bool sign = codec.values == Values::sign;
+        const int64_t rows = (owned.shard_numel + (int64_t(1) << codec.low_bits) - 1) >> codec.low_bits;
+        require(k >= 0 && codec.low_bits >= 0 && codec.low_bits < 16 && codec.scales_at >= 4 * runs &&
+                    codec.upper_at >= codec.scales_at + (sign ? 2 * ((k + 63) / 64 + runs) : 0) &&
+                    codec.low_at >= codec.upper_at + (rows + (codec.low_bits ? k : 0) + 7 * runs) / 8 &&
+                    codec.values_at >= codec.low_at + (k * (codec.low_bits + sign) + 7 * runs) / 8 &&
+                    codec.chunk_bytes >= codec.values_at + (sign ? 0 : codec.values == Values::fp16 ? 2 : 4) * k,
                 "a chunk too small for its counts, offsets and values");
     }
     Tensors tensors() const { return {dtype, data.data()}; }
@@ -115,6 +120,16 @@ OneBit one_bit(int64_t block, const std::string& scale, const std::string& granu
     const auto g = granularity == "block" ? Granularity::block
                    : granularity == "parameter" ? Granularity::parameter : Granularity::bucket;
     return {block, scale == "l2", g, scales, bits_at, chunk_bytes};
+}
+
+Memory checked_memory(const Call& call, uintptr_t error, uintptr_t velocity, float momentum) {
+    require(call.dtype != Dtype::none || error, "nothing to encode");
+    require(!velocity || (call.dtype != Dtype::none && error), "a velocity needs gradients and an error");
+    return {at<float>(error), at<float>(velocity), momentum};
+}
+
+Philox philox(uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender) {
+    return {{uint32_t(seed), uint32_t(seed >> 32)}, {step, bucket, sender}};
 }
 
 using Addresses = std::vector<uintptr_t>;
@@ -139,8 +154,10 @@ PYBIND11_MODULE(_cpu, m) {
         .def(py::init<std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>());
     py::class_<OneBit>(m, "OneBit").def(py::init(&one_bit));
     py::class_<TopK>(m, "TopK").def(
-        py::init([](int64_t k, bool half, int64_t offsets_at, int64_t values_at, int64_t chunk_bytes) {
-            return TopK{k, half, offsets_at, values_at, chunk_bytes};
+        py::init([](int64_t k, const std::string& values, int low_bits, int64_t scales_at, int64_t upper_at, int64_t low_at,
+                    int64_t values_at, int64_t chunk_bytes) {
+            const auto v = values == "fp32" ? Values::fp32 : values == "fp16" ? Values::fp16 : Values::sign;
+            return TopK{k, v, low_bits, scales_at, upper_at, low_at, values_at, chunk_bytes};
         }));
 
     m.def("one_bit_encode", [](const OneBit& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
@@ -176,11 +193,11 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("top_k_encode", [](const TopK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                             uintptr_t error, uintptr_t chunks, int64_t bytes, int threads) {
+                             uintptr_t error, uintptr_t velocity, float momentum, uintptr_t chunks, int64_t bytes, int threads) {
         const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none || error, "nothing to encode");
+        const Memory memory = checked_memory(call, error, velocity, momentum);
         py::gil_scoped_release release;
-        kernels->top_k_encode(codec, call.layout, call.tensors(), at<float>(error), call.chunks, threads);
+        kernels->top_k_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
     });
     m.def("top_k_decode", [](const TopK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
                              uintptr_t chunks, int64_t bytes, int threads) {
@@ -202,5 +219,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("all_within", [](uintptr_t values, int64_t count, float limit) {
         py::gil_scoped_release release;
         return kernels->all_within(at<float>(values), count, limit);
+    });
+    m.def("uniforms_of_rows", [](uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender, uint64_t first_row, int64_t rows) {
+        std::vector<float> values(size_t(8 * rows));
+        kernels->uniforms_of_rows(philox(seed, step, bucket, sender), first_row, rows, values.data());
+        return values;
     });
 }

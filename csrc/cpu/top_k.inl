@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t kRun = 65536;  // elements whose entries share a count, so that an offset fits 16 bits
+constexpr int64_t kRun = 65536;    // elements whose entries share a count, so that an offset fits 16 bits
+constexpr int64_t kEntries = 64;   // entries that share a magnitude, where only their signs travel
 
 constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
 
@@ -21,43 +22,127 @@ constexpr int64_t kAhead = 1024;  // elements between what is worked on and what
 
 inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(chunk); }
 inline const uint32_t* counts_in(const uint8_t* chunk) { return reinterpret_cast<const uint32_t*>(chunk); }
-inline const uint16_t* offsets_in(const TopK& codec, const uint8_t* chunk) {
-    return reinterpret_cast<const uint16_t*>(chunk + codec.offsets_at);
-}
+inline int64_t run_numel(const Layout& layout, int64_t run) { return std::min(kRun, layout.shard_numel - run * kRun); }
 
-// What arrives of a value that is sent: itself, or its nearest half, which never overflows.
+// What arrives of a value that is sent as fp16: its nearest half, which never overflows.
 inline Half half_of(float v) {
     Half h;
     const float limit = 65504.f;
     from_float(v > limit ? limit : v < -limit ? -limit : v, &h);
     return h;
 }
-inline float value_in(const TopK& codec, const uint8_t* chunk, int64_t entry) {
-    if (codec.half) return to_float(reinterpret_cast<const Half*>(chunk + codec.values_at)[entry]);
-    return reinterpret_cast<const float*>(chunk + codec.values_at)[entry];
+
+// Where a run's entries lie in a chunk: how many entries are before them, and bytes of each part (kernels/formats.py).
+struct Place {
+    int64_t entries = 0, scales = 0, upper = 0, low = 0;
+};
+
+inline int width(const TopK& codec) { return codec.low_bits + (codec.values == Values::sign); }
+inline int64_t upper_bytes(const TopK& codec, int64_t numel, int64_t entries) {
+    const int64_t rows = ceil_div(numel, int64_t(1) << codec.low_bits);
+    return ceil_div(rows + (codec.low_bits ? entries : 0), 8);
 }
-inline void set_entry(const TopK& codec, uint8_t* chunk, int64_t entry, uint32_t position, float v) {
-    reinterpret_cast<uint16_t*>(chunk + codec.offsets_at)[entry] = uint16_t(position % kRun);
-    if (codec.half) reinterpret_cast<Half*>(chunk + codec.values_at)[entry] = half_of(v);
-    else reinterpret_cast<float*>(chunk + codec.values_at)[entry] = v;
-    counts_in(chunk)[position / kRun]++;
+// From one run to the next.
+inline void advance(const TopK& codec, int64_t numel, int64_t entries, Place& at) {
+    at.entries += entries;
+    at.scales += ceil_div(entries, kEntries) * int64_t(sizeof(BFloat16));
+    at.upper += upper_bytes(codec, numel, entries);
+    at.low += ceil_div(entries * width(codec), 8);
+}
+
+// A row of bits, from the lowest bit of a byte on.
+class BitWriter {
+public:
+    explicit BitWriter(uint8_t* to) : to_(to) {}
+    void put(uint32_t field, int width) {
+        pending_ |= uint64_t(field) << bits_;
+        for (bits_ += width; bits_ >= 8; bits_ -= 8, pending_ >>= 8) *to_++ = uint8_t(pending_);
+    }
+    void finish() { if (bits_) *to_ = uint8_t(pending_); }
+
+private:
+    uint8_t* to_;
+    uint64_t pending_ = 0;
+    int bits_ = 0;
+};
+
+class BitReader {
+public:
+    explicit BitReader(const uint8_t* from) : from_(from) {}
+    uint32_t take(int width) {
+        for (; bits_ < width; bits_ += 8) pending_ |= uint64_t(*from_++) << bits_;
+        const auto field = uint32_t(pending_ & ((uint64_t(1) << width) - 1));
+        pending_ >>= width;
+        bits_ -= width;
+        return field;
+    }
+
+private:
+    const uint8_t* from_;
+    uint64_t pending_ = 0;
+    int bits_ = 0;
+};
+
+// visit(entry, offset, negative) for the entries of a run. Returns how many there are: of a corrupted payload not
+// `count`, of which it visits no more, at offsets that may be anything up to twice a run.
+template <class Visit>
+inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
+                            const Visit& visit) {
+    const int b = codec.low_bits, bits = width(codec);
+    const int64_t bytes = upper_bytes(codec, numel, count);
+    const uint8_t* upper = chunk + codec.upper_at + at.upper;
+    BitReader low(chunk + codec.low_at + at.low);
+    int64_t entry = 0;
+    for (int64_t i = 0; i < bytes; i += 8) {
+        uint64_t word = 0;
+        std::memcpy(&word, upper + i, size_t(std::min<int64_t>(8, bytes - i)));
+        for (; word; word &= word - 1, entry++) {
+            if (entry >= count) continue;
+            const int64_t bit = 8 * i + __builtin_ctzll(word), row = bit - (b ? entry : 0);
+            const uint32_t field = low.take(bits);
+            visit(entry, (row << b) | (field & ((1u << b) - 1)), (field >> b & 1) != 0);
+        }
+    }
+    return entry;
+}
+
+// The entries of a sound run.
+inline void read_run(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
+                     uint16_t* offsets, float* values) {
+    const auto* scales = reinterpret_cast<const BFloat16*>(chunk + codec.scales_at + at.scales);
+    const auto* full = reinterpret_cast<const float*>(chunk + codec.values_at) + at.entries;
+    const auto* half = reinterpret_cast<const Half*>(chunk + codec.values_at) + at.entries;
+    read_offsets(codec, chunk, at, numel, count, [&](int64_t entry, int64_t offset, bool negative) {
+        offsets[entry] = uint16_t(offset);
+        switch (codec.values) {
+            case Values::fp32: values[entry] = full[entry]; break;
+            case Values::fp16: values[entry] = to_float(half[entry]); break;
+            case Values::sign: {
+                const float scale = to_float(scales[entry / kEntries]);
+                values[entry] = negative ? -scale : scale;
+            }
+        }
+    });
 }
 
 struct Candidate { uint32_t position; float value; };  // position within the shard
 
 // What one thread has found in its part of a shard, and its share of the common selection.
 struct Finder {
-    // Ascending. Where there is an error, it already holds what is left once they are sent.
+    // Ascending. Error and velocity already hold what is left once they are sent, but for the error of signs, whose
+    // magnitude is not known yet.
     std::unique_ptr<Candidate[]> candidates;
+    std::unique_ptr<float[]> velocities;  // as they are where it is not sent
     int64_t count = 0, room = 0;
     bool piled_up = false;             // more candidates than there is room for
     std::vector<uint32_t> not_finite;  // ascending, at most k + 1
     std::vector<uint32_t> histogram = std::vector<uint32_t>(2048);
     int64_t above = 0, equal = 0;      // how many exceed, how many equal the k-th largest magnitude
 
-    void start(int64_t limit) {
+    void start(int64_t limit, bool has_velocity) {
         if (limit > room) {
             candidates.reset(new Candidate[size_t(limit)]);  // not initialized: what is not needed is never touched
+            if (has_velocity) velocities.reset(new float[size_t(limit)]);
             room = limit;
         }
         count = 0;
@@ -69,10 +154,10 @@ struct Finder {
 template <class G>
 class ShardEncoder {
 public:
-    ShardEncoder(const TopK& codec, const Layout& layout, const void* const* gradients, float* error, uint8_t* chunks,
+    ShardEncoder(const TopK& codec, const Layout& layout, const void* const* gradients, Memory memory, uint8_t* chunks,
                  int threads)
-        : codec_(codec), layout_(layout), gradients_(gradients), error_(error), chunks_(chunks), threads_(threads),
-          barrier_(threads), finders_(size_t(threads)) {}
+        : codec_(codec), layout_(layout), gradients_(gradients), error_(memory.error), velocity_(memory.velocity),
+          momentum_(memory.momentum), chunks_(chunks), threads_(threads), barrier_(threads), finders_(size_t(threads)) {}
 
     // All threads call it, shard after shard.
     void encode(int t, int64_t shard) {
@@ -90,8 +175,9 @@ public:
         }
         barrier_.wait();  // all have read what all have found
         if (finite && guessed) {
+            const int64_t count = mine.count;
             select(t, false, [&](const auto& visit) {
-                for (const Candidate *c = mine.candidates.get(), *last = c + mine.count; c < last; c++) visit(c->position, c->value);
+                for (int64_t c = 0; c < count; c++) visit(mine.candidates[size_t(c)].position, mine.candidates[size_t(c)].value);
             });
         } else {
             take_back(mine);
@@ -102,13 +188,16 @@ public:
     }
 
 private:
-    int64_t begin(int t) const {  // of a thread's part: whole runs, so that no count has two writers
-        const int64_t runs = ceil_div(layout_.shard_numel, kRun);
-        return base_ + std::min(runs * t / threads_ * kRun, layout_.shard_numel);
+    int64_t runs() const { return ceil_div(layout_.shard_numel, kRun); }
+    int64_t first_run(int t) const { return runs() * t / threads_; }
+    int64_t begin(int t) const {  // of a thread's part: whole runs, so that no byte has two writers
+        return base_ + std::min(first_run(t) * kRun, layout_.shard_numel);
     }
     float value(int64_t tensor, int64_t element, int64_t position) const {
         if (!gradients_) return error_[position];
-        return to_float(static_cast<const G*>(gradients_[tensor])[element]) + (error_ ? error_[position] : 0.f);
+        float v = to_float(static_cast<const G*>(gradients_[tensor])[element]);
+        if (velocity_) v = momentum_ * velocity_[position] + v;
+        return v + (error_ ? error_[position] : 0.f);
     }
     template <class Test> bool any(const Test& test) const {
         for (const Finder& f : finders_) if (test(f)) return true;
@@ -127,7 +216,7 @@ private:
         for_range(layout_, base_, base_ + layout_.shard_numel,
                   [&](int64_t, int64_t, int64_t count, int64_t) { real += count; });
         need_ = std::min(codec_.k, real);
-        limit_ = (need_ * 4 + kRun) / threads_ + kRun;
+        limit_ = std::max(need_, (need_ * 4 + kRun) / threads_ + kRun);
         threshold_ = guess_threshold(real);
     }
 
@@ -154,50 +243,56 @@ private:
 
     // The dense pass, tile by tile: v over the error, and the hits while the tile is still in the first-level cache.
     void collect(Finder& mine, int64_t from, int64_t to) {
-        mine.start(limit_);
+        mine.start(limit_, velocity_ != nullptr);
         for_range(layout_, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
             const G* g = gradients_ ? static_cast<const G*>(gradients_[tensor]) + first : nullptr;
             float* e = error_ ? error_ + position : nullptr;
             for (int64_t done = 0; done < count; done += kTile) {
                 const int64_t size = std::min(kTile, count - done);
                 const auto in_shard = uint32_t(position + done - base_);
-                if (g && e) collect_tile<true, true>(mine, g + done, e + done, size, in_shard);
-                else if (g) collect_tile<true, false>(mine, g + done, nullptr, size, in_shard);
-                else collect_tile<false, true>(mine, nullptr, e + done, size, in_shard);
+                if (velocity_) collect_tile<true, true, true>(mine, g + done, e + done, velocity_ + position + done, size, in_shard);
+                else if (g && e) collect_tile<true, true, false>(mine, g + done, e + done, nullptr, size, in_shard);
+                else if (g) collect_tile<true, false, false>(mine, g + done, nullptr, nullptr, size, in_shard);
+                else collect_tile<false, true, false>(mine, nullptr, e + done, nullptr, size, in_shard);
             }
         });
     }
 
-    template <bool HasGradient, bool HasError>
-    void collect_tile(Finder& mine, const G* g, float* e, int64_t count, uint32_t in_shard) {
-        const F8 zero = splat(0);
+    template <bool HasGradient, bool HasError, bool HasVelocity>
+    void collect_tile(Finder& mine, const G* g, float* e, float* u, int64_t count, uint32_t in_shard) {
+        const F8 zero = splat(0), momentum = splat(momentum_);
         uint16_t found[kTile + 4];
         int64_t n = 0, i = 0;
         for (; i + 64 <= count; i += 64) {
             for (int64_t ahead = i + kAhead; ahead < i + kAhead + 64; ahead += 16) {
                 if (HasGradient) prefetch(g + ahead);
                 if (HasError) prefetch(e + ahead);
+                if (HasVelocity) prefetch(u + ahead);
             }
-            F8 v[8], largest = zero;
+            F8 v[8], w[8], largest = zero;
             for (int q = 0; q < 8; q++) {
-                if (HasGradient) v[q] = add(load(g + i + 8 * q), HasError ? load(e + i + 8 * q) : zero);
+                if (HasGradient) v[q] = load(g + i + 8 * q);
+                if (HasVelocity) v[q] = w[q] = add(mul(momentum, load(u + i + 8 * q)), v[q]);
+                if (HasGradient) v[q] = add(v[q], HasError ? load(e + i + 8 * q) : zero);
                 else v[q] = load(e + i + 8 * q);
                 largest = larger_magnitude(largest, v[q]);
             }
             uint64_t hits;
             if (__builtin_expect(at_least(largest, kMaxFinite + 1), 0)) {
-                hits = take_singly<HasGradient, HasError>(mine, g, e, i, i + 64, in_shard);
+                hits = take_singly<HasGradient, HasError, HasVelocity>(mine, g, e, u, i, i + 64, in_shard);
             } else {
                 uint32_t half[2] = {0, 0};
                 for (int q = 0; q < 8; q++) {
                     half[q / 4] |= at_least(v[q], threshold_) << (8 * q % 32);
                     if (HasGradient && HasError) store(e + i + 8 * q, v[q]);
+                    if (HasVelocity) store(u + i + 8 * q, w[q]);
                 }
                 hits = half[0] | uint64_t(half[1]) << 32;
             }
             n = add_places(hits, i, found, n);
         }
-        if (i < count) n = add_places(take_singly<HasGradient, HasError>(mine, g, e, i, count, in_shard), i, found, n);
+        if (i < count)
+            n = add_places(take_singly<HasGradient, HasError, HasVelocity>(mine, g, e, u, i, count, in_shard), i, found, n);
 
         if (mine.count + n > limit_) mine.piled_up = true;
         if (mine.piled_up) return;
@@ -205,7 +300,11 @@ private:
         for (int64_t c = 0; c < n; c++) {
             const float v = HasError ? e[found[c]] : to_float(g[found[c]]) + 0.f;
             next[c] = {in_shard + found[c], v};
-            if (HasError) e[found[c]] = left_over(v);
+            if (HasError && codec_.values != Values::sign) e[found[c]] = left_over(v);
+            if (HasVelocity) {
+                mine.velocities[size_t(mine.count + c)] = u[found[c]];
+                u[found[c]] = 0.f;
+            }
         }
         mine.count += n;
     }
@@ -221,44 +320,105 @@ private:
     }
 
     // At most 64 values, some of which may not be finite: those are put aside, and their error stays as it was.
-    template <bool HasGradient, bool HasError>
-    uint64_t take_singly(Finder& mine, const G* g, float* e, int64_t from, int64_t to, uint32_t in_shard) {
+    template <bool HasGradient, bool HasError, bool HasVelocity>
+    uint64_t take_singly(Finder& mine, const G* g, float* e, float* u, int64_t from, int64_t to, uint32_t in_shard) {
         uint64_t hits = 0;
         for (int64_t j = from; j < to; j++) {
-            const float v = HasGradient ? to_float(g[j]) + (HasError ? e[j] : 0.f) : e[j];
+            float w = HasGradient ? to_float(g[j]) : 0.f;
+            if (HasVelocity) w = momentum_ * u[j] + w;
+            const float v = HasGradient ? w + (HasError ? e[j] : 0.f) : e[j];
             if (magnitude(v) > kMaxFinite) {
                 // One more than can be sent is enough to know.
                 if (int64_t(mine.not_finite.size()) <= codec_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
                 continue;
             }
             if (HasGradient && HasError) e[j] = v;
+            if (HasVelocity) u[j] = w;
             hits |= uint64_t(magnitude(v) >= threshold_) << (j - from);
         }
         return hits;
     }
 
-    float left_over(float v) const { return codec_.half ? v - to_float(half_of(v)) : 0.f; }  // once v is sent
+    // Once v is sent, unless as a sign.
+    float left_over(float v) const { return codec_.values == Values::fp16 ? v - to_float(half_of(v)) : 0.f; }
 
     // A shard with values that are not finite sends those and nothing else: its finite values wait in the error. Where
     // there are more than k of them, the whole shard travels as not finite.
     void send_not_finite() {
-        int64_t total = 0, entry = 0;
-        for (const Finder& f : finders_) total += int64_t(f.not_finite.size());
-        if (total > codec_.k) {
-            set_entry(codec_, chunk_, 0, 0, float_of(kNaN));
-            counts_in(chunk_)[0] = kAllNotFinite;
-            return;
-        }
+        std::vector<Candidate> entries;
         for (const Finder& f : finders_)
-            for (uint32_t position : f.not_finite) set_entry(codec_, chunk_, entry++, position, float_of(kNaN));
+            for (uint32_t position : f.not_finite) entries.push_back({position, float_of(kNaN)});
+        const bool all = int64_t(entries.size()) > codec_.k;
+        if (all) entries.assign(1, {0, float_of(kNaN)});
+        write_runs(0, runs(), Place{}, entries.data(), entries.data() + entries.size(), [](const Candidate&, float) {});
+        if (all) counts_in(chunk_)[0] = kAllNotFinite;
     }
 
-    // Gives the candidates back to the error.
+    // Gives the candidates back to error and velocity.
     void take_back(Finder& mine) {
-        if (error_)
-            for (int64_t c = 0; c < mine.count; c++)
-                error_[base_ + mine.candidates[size_t(c)].position] = mine.candidates[size_t(c)].value;
+        for (int64_t c = 0; c < mine.count; c++) restore(mine, c);
         mine.count = 0;
+    }
+    void restore(const Finder& mine, int64_t c) {
+        const int64_t position = base_ + mine.candidates[size_t(c)].position;
+        if (error_) error_[position] = mine.candidates[size_t(c)].value;
+        if (velocity_) velocity_[position] = mine.velocities[size_t(c)];
+    }
+
+    // Writes entries of some runs, in ascending order. settle(entry, what arrives of it) is told of each.
+    template <class Settle>
+    void write_runs(int64_t run, int64_t last_run, Place at, const Candidate* entry, const Candidate* end, const Settle& settle) {
+        for (; run < last_run; run++) {
+            const Candidate* next = entry;
+            while (next < end && next->position < (run + 1) * kRun) next++;
+            counts_in(chunk_)[run] = uint32_t(next - entry);
+            write_run(at, entry, next - entry, settle);
+            advance(codec_, run_numel(layout_, run), next - entry, at);
+            entry = next;
+        }
+    }
+
+    template <class Settle> void write_run(const Place& at, const Candidate* entry, int64_t count, const Settle& settle) {
+        const int b = codec_.low_bits, bits = width(codec_);
+        uint8_t* upper = chunk_ + codec_.upper_at + at.upper;
+        BitWriter low(chunk_ + codec_.low_at + at.low);
+        auto* scales = reinterpret_cast<BFloat16*>(chunk_ + codec_.scales_at + at.scales);
+        auto* full = reinterpret_cast<float*>(chunk_ + codec_.values_at) + at.entries;
+        auto* half = reinterpret_cast<Half*>(chunk_ + codec_.values_at) + at.entries;
+        float scale = 0.f;
+        for (int64_t i = 0; i < count; i++) {
+            const uint32_t offset = entry[i].position % kRun;
+            const float v = entry[i].value;
+            const int64_t bit = (offset >> b) + (b ? i : 0);
+            upper[bit / 8] |= uint8_t(1 << bit % 8);
+            float arrives = v;
+            if (codec_.values == Values::sign) {
+                if (i % kEntries == 0) {
+                    from_float(mean_magnitude(entry + i, std::min(kEntries, count - i)), scales + i / kEntries);
+                    scale = to_float(scales[i / kEntries]);
+                }
+                arrives = float_of(bits_of(scale) | (bits_of(v) & kSignBit));
+            } else if (codec_.values == Values::fp16) {
+                half[i] = half_of(v);
+                arrives = to_float(half[i]);
+            } else {
+                full[i] = v;
+            }
+            if (bits) low.put((offset & ((1u << b) - 1)) | (bits > b ? bits_of(v) >> 31 << b : 0), bits);
+            settle(entry[i], arrives);
+        }
+        low.finish();
+    }
+
+    // Of up to kEntries entries, the largest bfloat16 at most.
+    static float mean_magnitude(const Candidate* entry, int64_t count) {
+        float terms[kEntries] = {};
+        for (int64_t i = 0; i < count; i++) terms[i] = float_of(magnitude(entry[i].value));
+        RowSum sum;
+        for (int64_t i = 0; i < kEntries; i += kRow)
+            for (int q = 0; q < 4; q++) sum.group[q] = add(sum.group[q], load(terms + i + 8 * q));
+        const float mean = sum.finish() / float(count), largest = float_of(0x7f7f0000u);
+        return mean > largest ? largest : mean;
     }
 
     // visit(position in the shard, value) for all values: the error holds them by now, where there is one.
@@ -272,7 +432,7 @@ private:
     // Finds the need_-th largest magnitude by narrowing the interval low_ .. high_ that it lies in, at most 2048 bins at a
     // time, and sends the entries in ascending order. values(visit) goes through this thread's part, in order; they lie
     // in the error where `in_error`, else the error holds what is left once they are sent.
-    template <class Values> void select(int t, bool in_error, const Values& values) {
+    template <class EachValue> void select(int t, bool in_error, const EachValue& values) {
         Finder& mine = finders_[size_t(t)];
         mine.above = 0;
         for (bool first = true; high_ - low_ > 1; first = false) {
@@ -311,35 +471,33 @@ private:
             entry += f.above + given;
             ties -= given;
         }
-        const int64_t begin = entry;
-        auto* offsets = reinterpret_cast<uint16_t*>(chunk_ + codec_.offsets_at);
-        auto* full = reinterpret_cast<float*>(chunk_ + codec_.values_at);
-        auto* half = reinterpret_cast<Half*>(chunk_ + codec_.values_at);
-        uint32_t run = 0;
-        int64_t run_begin = begin;
+        // The entries to be sent, over the candidates they are picked from.
+        const int64_t most = need_ - entry;
+        int64_t sent = 0, seen = 0;
         values([&](uint32_t position, float v) {
             const uint32_t m = magnitude(v);
-            const bool sent = m > least || (m == least && ties-- > 0);
-            if (sent && entry < need_) {
-                if (position / kRun != run) {
-                    if (entry > run_begin) counts_in(chunk_)[run] = uint32_t(entry - run_begin);
-                    run = uint32_t(position / kRun);
-                    run_begin = entry;
-                }
-                offsets[entry] = uint16_t(position % kRun);
-                if (codec_.half) half[entry] = half_of(v);
-                else full[entry] = v;
-                entry++;
-            }
-            if (error_ && sent == in_error) error_[base_ + position] = sent ? left_over(v) : v;
+            if ((m > least || (m == least && ties-- > 0)) && sent < most) mine.candidates[size_t(sent++)] = {position, v};
+            else if (!in_error) restore(mine, seen);
+            seen++;
         });
-        if (entry > run_begin) counts_in(chunk_)[run] = uint32_t(entry - run_begin);
+        const Candidate *begin = mine.candidates.get(), *end = begin + sent;
+        uint32_t* counts = counts_in(chunk_);
+        for (const Candidate* c = begin; c < end; c++) counts[c->position / kRun]++;
+        barrier_.wait();  // each thread needs to know where its runs begin
+        Place at;
+        for (int64_t run = 0; run < first_run(t); run++) advance(codec_, run_numel(layout_, run), counts[run], at);
+        const bool settle_error = error_ && (in_error || codec_.values == Values::sign), settle_velocity = velocity_ && in_error;
+        write_runs(first_run(t), first_run(t + 1), at, begin, end, [&](const Candidate& c, float arrives) {
+            if (settle_error) error_[base_ + c.position] = c.value - arrives;
+            if (settle_velocity) velocity_[base_ + c.position] = 0.f;
+        });
     }
 
     const TopK& codec_;
     const Layout& layout_;
     const void* const* gradients_;
-    float* error_;
+    float *error_, *velocity_;
+    const float momentum_;
     uint8_t* chunks_;
     const int threads_;
     Barrier barrier_;
@@ -351,10 +509,10 @@ private:
     uint32_t threshold_ = 0, low_ = 0, high_ = 0, bin_ = 0;
 };
 
-void top_k_encode(const TopK& codec, const Layout& layout, Tensors gradients, float* error, uint8_t* chunks, int threads) {
+void top_k_encode(const TopK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
     const void* const* data = gradients.dtype == Dtype::none ? nullptr : gradients.data;
     with_element_type(gradients.dtype, [&](auto* type) {
-        ShardEncoder<std::remove_pointer_t<decltype(type)>> encoder(codec, layout, data, error, chunks, threads);
+        ShardEncoder<std::remove_pointer_t<decltype(type)>> encoder(codec, layout, data, memory, chunks, threads);
         parallel(threads, [&](int t) { for (int64_t shard = 0; shard < layout.shards; shard++) encoder.encode(t, shard); });
     });
 }
@@ -372,21 +530,21 @@ template <class G> inline void copy_out(G* to, const G* from, int64_t count, boo
 
 template <class G>
 void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
-    const int64_t runs = ceil_div(layout.shard_numel, kRun);
-    std::vector<int64_t> first_entry(size_t(layout.shards * runs));
+    const int64_t runs = ceil_div(layout.shard_numel, kRun), total = layout.shards * runs;
+    std::vector<Place> places(size_t(total), Place{});
     for (int64_t s = 0; s < layout.shards; s++)
-        for (int64_t r = 0, entry = 0; r < runs; r++) {
-            first_entry[size_t(s * runs + r)] = entry;
-            entry += counts_in(chunks + s * codec.chunk_bytes)[r];
+        for (int64_t r = 1; r < runs; r++) {
+            Place& at = places[size_t(s * runs + r)] = places[size_t(s * runs + r - 1)];
+            advance(codec, run_numel(layout, r - 1), counts_in(chunks + s * codec.chunk_bytes)[r - 1], at);
         }
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
         std::vector<G> tile(size_t(kTile), G{});  // zeros, but for the entries at hand
-        const int64_t total = layout.shards * runs;
+        std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
+        std::vector<float> values(offsets.size());
         for (int64_t at = total * t / threads; at < total * (t + 1) / threads; at++) {
             const int64_t shard = at / runs, run = at % runs;
-            const int64_t begin = shard * layout.shard_numel + run * kRun;
-            const int64_t end = std::min(begin + kRun, (shard + 1) * layout.shard_numel);
+            const int64_t begin = shard * layout.shard_numel + run * kRun, end = begin + run_numel(layout, run);
             const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
             if (counts_in(chunk)[0] == kAllNotFinite) {
                 for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t) {
@@ -395,15 +553,16 @@ void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, voi
                 });
                 continue;
             }
-            int64_t entry = first_entry[size_t(at)];
-            const int64_t last = entry + counts_in(chunk)[run];
+            const int64_t last = counts_in(chunk)[run];
+            read_run(codec, chunk, places[size_t(at)], end - begin, last, offsets.data(), values.data());
+            int64_t entry = 0;
             for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
                 G* to = static_cast<G*>(gradients[tensor]) + first;
                 for (int64_t done = 0; done < count; done += kTile) {
                     const int64_t size = std::min(kTile, count - done), from = entry;
-                    auto inside = [&](int64_t i) { return begin + offsets_in(codec, chunk)[i] - position - done; };
+                    auto inside = [&](int64_t i) { return begin + offsets[size_t(i)] - position - done; };
                     for (; entry < last && inside(entry) < size; entry++)
-                        from_float(value_in(codec, chunk, entry), &tile[size_t(inside(entry))]);
+                        from_float(values[size_t(entry)], &tile[size_t(inside(entry))]);
                     copy_out(to + done, tile.data(), size, large);
                     for (int64_t i = from; i < entry; i++) from_float(0.f, &tile[size_t(inside(i))]);
                 }
@@ -425,10 +584,15 @@ void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* ch
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
-    int64_t entry = 0;
-    for (int64_t run = 0; run * kRun < layout.shard_numel; run++)
-        for (const int64_t last = entry + counts_in(chunk)[run]; entry < last; entry++)
-            sum[run * kRun + offsets_in(codec, chunk)[entry]] += value_in(codec, chunk, entry) * weight;
+    Place at;
+    std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
+    std::vector<float> values(offsets.size());
+    for (int64_t run = 0; run * kRun < layout.shard_numel; run++) {
+        const int64_t numel = run_numel(layout, run), count = counts_in(chunk)[run];
+        read_run(codec, chunk, at, numel, count, offsets.data(), values.data());
+        for (int64_t i = 0; i < count; i++) sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
+        advance(codec, numel, count, at);
+    }
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.formats import align
 from ..layout import Layout, pack
+from ..memory import Memory
 
 _HEADER = 16  # bytes before the payload of a derived chunk, the first of which says what its values are:
 _TAME, _NOT_FINITE, _LARGE = range(3)
@@ -30,6 +32,10 @@ class Compressor(ABC):
 
     block: int = 32
     """Elements: every parameter starts at a multiple of it within its bucket. A multiple of 32."""
+
+    sparse: bool = False
+    """Whether Q sends some elements and leaves the others out, as zeros: what momentum correction needs, which makes the
+    velocity zero where something was sent."""
 
     @abstractmethod
     def payload_nbytes(self, numel: int) -> int:
@@ -53,10 +59,10 @@ class Compressor(ABC):
         """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
         return align(_HEADER + self.payload_nbytes(layout.most_elements))
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
-        """v = gradient + error; payload = Q[v]; error = v - Q[v].
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+        """v = gradient + error; payload = Q[v]; error = v - Q[v]. With momentum correction, as `Memory` says.
 
-        Where v is not finite the payload says so, and the error stays as it was.
+        Where v is not finite the payload says so, and the memory stays as it was.
 
         Parameters
         ----------
@@ -64,20 +70,25 @@ class Compressor(ABC):
             Where the gradients lie.
         gradients
             A contiguous tensor for each of the layout's. None: v is the error alone.
-        error
-            float32, ``(layout.numel,)``, replaced. None: nothing is compensated.
+        memory
+            What is kept from step to step, replaced.
         chunks
             uint8, ``(layout.shards, chunk_nbytes(layout))``, all zero, receives the payload.
         """
         for shard, pieces in enumerate(layout.pieces):
             if not pieces:
                 continue
-            errors = [None if error is None else error[shard * layout.shard_numel + p.offset :][: p.numel] for p in pieces]
-            terms = []
-            for piece, kept in zip(pieces, errors, strict=True):
-                value = torch.zeros(piece.numel, device=chunks.device) if kept is None else kept.clone()
+            starts = [shard * layout.shard_numel + piece.offset for piece in pieces]
+            terms, velocities = [], []
+            for piece, start in zip(pieces, starts, strict=True):
+                here = slice(start, start + piece.numel)
+                value = torch.zeros(piece.numel, device=chunks.device) if memory.error is None else memory.error[here].clone()
                 if gradients is not None:
-                    value += gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
+                    gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
+                    if memory.velocity is not None:
+                        velocities.append(memory.velocity[here] * memory.momentum + gradient)
+                        gradient = velocities[-1]
+                    value += gradient
                 terms.append(value)
             v = torch.cat(terms)
             all_within = kernels.for_device(v.device).all_within
@@ -87,11 +98,15 @@ class Compressor(ABC):
             chunks[shard, 0] = _TAME if all_within(v, TAME) else _LARGE
             payload = self._checked_payload(v)
             chunks[shard, _HEADER : _HEADER + len(payload)] = payload
-            if error is not None:
-                v -= self._checked_values(payload, len(v))
-                for kept, rest in zip(errors, v.split([p.numel for p in pieces]), strict=True):
-                    assert kept is not None
-                    kept.copy_(rest)
+            if memory.error is None:
+                continue
+            sent = self._checked_values(payload, len(v))
+            numels = [p.numel for p in pieces]
+            for start, rest in zip(starts, (v - sent).split(numels), strict=True):
+                memory.error[start : start + len(rest)] = rest
+            if velocities and memory.velocity is not None:
+                for start, u, own in zip(starts, velocities, sent.split(numels), strict=True):
+                    memory.velocity[start : start + len(u)] = u.masked_fill_(own != 0, 0.0) if self.sparse else u
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
         """gradients = the values that the chunks stand for.
@@ -119,9 +134,7 @@ class Compressor(ABC):
         """Whether all values that the chunks stand for are finite and, for a limit of `TAME`, no larger."""
         return not (chunks[:, 0] == _NOT_FINITE).any() and (limit > TAME or not (chunks[:, 0] == _LARGE).any())
 
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor
-    ) -> None:
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
         """The server pass: v = error + weight * sum_i Q_i; payload = Q[v]; error = v - Q[v].
 
         Parameters
@@ -134,18 +147,18 @@ class Compressor(ABC):
             The compressor that made them.
         weight
             1 / workers for an average, 1 for a sum.
-        error
-            The server error, float32 ``(layout.shard_numel,)``, replaced. None: nothing is compensated.
+        memory
+            The server's, whose error is float32 ``(layout.shard_numel,)``, replaced. It has no velocity.
         chunk
             uint8, ``(chunk_nbytes(layout),)``, all zero, receives the reply.
         """
-        before = None
+        before, error = None, memory.error
         if error is not None and not pusher.is_within(layout, pushed, TAME):
             before = error.clone()  # rare: something may not be finite, or overflow
         total = torch.zeros(layout.shard_numel, device=pushed.device) if error is None else error
         for worker in pushed:
             pusher.accumulate(layout, worker, weight, total)
-        self.encode(layout, None, total, chunk.unsqueeze(0))
+        self.encode(layout, None, replace(memory, error=total), chunk.unsqueeze(0))
         if before is not None:
             replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
             self.decode(layout, chunk.unsqueeze(0), replied)
@@ -194,7 +207,7 @@ class FusedCompressor(Compressor):
 
     def compress(self, values: Tensor) -> Tensor:
         payload = torch.zeros(self.payload_nbytes(len(values)), dtype=torch.uint8, device=values.device)
-        self.encode(self._alone(len(values)), [values.contiguous()], None, payload.unsqueeze(0))
+        self.encode(self._alone(len(values)), [values.contiguous()], Memory(), payload.unsqueeze(0))
         return payload
 
     def decompress(self, payload: Tensor, numel: int) -> Tensor:

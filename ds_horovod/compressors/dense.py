@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..layout import Layout
+from ..memory import Memory
 from .base import LARGEST, FusedCompressor
 
 
@@ -23,21 +24,26 @@ class NoCompression(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return 4 * -(-layout.shard_numel // 4) * 4
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         for shard, pieces in enumerate(layout.pieces):
             values = chunks[shard].view(torch.float32)
             for piece in pieces:
+                start = shard * layout.shard_numel + piece.offset
+                here = slice(start, start + piece.numel)
                 out = values[piece.offset : piece.offset + piece.numel]
-                kept = None if error is None else error[shard * layout.shard_numel + piece.offset :][: piece.numel]
-                if kept is not None:
-                    out.copy_(kept)
+                if memory.error is not None:
+                    out.copy_(memory.error[here])
+                velocity = None
                 if gradients is not None:
-                    out += gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
-                if kept is not None:
-                    if kernels.for_device(out.device).all_within(out):
-                        kept.zero_()
-                    else:
-                        kept[out.isfinite()] = 0.0
+                    gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
+                    if memory.velocity is not None:
+                        gradient = velocity = memory.velocity[here] * memory.momentum + gradient
+                    out += gradient
+                finite = slice(None) if kernels.for_device(out.device).all_within(out) else out.isfinite()
+                if memory.error is not None:
+                    memory.error[here][finite] = 0.0
+                if velocity is not None and memory.velocity is not None:
+                    memory.velocity[here][finite] = velocity[finite]
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
         self._require_size(layout, chunks)

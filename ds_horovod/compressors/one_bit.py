@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.formats import OneBitFormat, align
 from ..layout import Layout
+from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
 
 _SCALES = ("l1", "l2")
@@ -58,8 +59,8 @@ class OneBit(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return _format(self, layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, error, chunks)
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+        kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
         kernels.for_device(chunks.device).one_bit_decode(_format(self, layout), layout, chunks, gradients)
@@ -71,12 +72,10 @@ class OneBit(FusedCompressor):
         scales = chunks[:, : 4 * _format(self, layout).scales].contiguous().view(-1)
         return bool(kernels.for_device(chunks.device).all_within(scales.view(torch.float32), limit))
 
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, error: Tensor | None, chunk: Tensor
-    ) -> None:
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
         if pusher != self or self.granularity != "block":
-            return super().serve(layout, pushed, pusher, weight, error, chunk)
-        kernels.for_device(chunk.device).one_bit_serve(_format(self, layout), layout, pushed, weight, error, chunk)
+            return super().serve(layout, pushed, pusher, weight, memory, chunk)
+        kernels.for_device(chunk.device).one_bit_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
 
 
 @lru_cache(maxsize=1024)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.formats import RUN, TopKFormat, align
+from ..kernels.formats import ENTRIES, RUN, TopKFormat, align
 from ..layout import Layout
+from ..memory import Memory
 from .base import LARGEST, FusedCompressor
 
-_VALUES = ("fp32", "fp16")
+_VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 
 
 @dataclass(frozen=True, init=False)
@@ -33,7 +34,9 @@ class TopK(FusedCompressor):
     k
         Elements that are kept of each shard, instead of a ratio.
     values
-        "fp32", or "fp16" for 4 instead of 6 bytes an element that is sent; what rounding takes away stays in the error.
+        How an element that is sent travels: "fp32"; "fp16"; or "sign", with the mean magnitude of each 64 of them. What
+        that takes away stays in the error. Where it is takes 2 + log2(1 / ratio) bits beside, at most one bit an element
+        of the gradient.
 
     Raises
     ------
@@ -44,6 +47,7 @@ class TopK(FusedCompressor):
     ratio: float | None
     k: int | None
     values: str
+    sparse = True
 
     def __init__(self, ratio: float | None = None, *, k: int | None = None, values: str = "fp32") -> None:
         if ratio is not None and k is not None:
@@ -54,16 +58,16 @@ class TopK(FusedCompressor):
                 raise ValueError(f"TopK: ratio must be over 0 and at most 1, got {ratio!r}")
         elif not isinstance(k, int) or k < 1:
             raise ValueError(f"TopK: k must be a positive whole number, got {k!r}")
-        if values not in _VALUES:
-            raise ValueError(f"TopK: values must be one of {', '.join(_VALUES)}, got {values!r}")
+        if values not in _VALUE_NBYTES:
+            raise ValueError(f"TopK: values must be one of {', '.join(_VALUE_NBYTES)}, got {values!r}")
         for name, value in (("ratio", ratio), ("k", k), ("values", values)):
             object.__setattr__(self, name, value)
 
     def chunk_nbytes(self, layout: Layout) -> int:
         return _format(self, layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, error, chunks)
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+        kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
         kernels.for_device(chunks.device).top_k_decode(_format(self, layout), layout, chunks, gradients)
@@ -73,17 +77,38 @@ class TopK(FusedCompressor):
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
         format = _format(self, layout)
-        values = chunks[:, format.values_at : format.values_at + format.k * (2 if format.half else 4)].contiguous()
-        values = values.view(-1).view(torch.float16 if format.half else torch.float32)
+        if self.values == "sign":
+            dtype, begin, count = torch.bfloat16, format.scales_at, most_scales(format.k, layout.shard_numel)
+        else:
+            dtype, begin, count = torch.float32 if self.values == "fp32" else torch.float16, format.values_at, format.k
+        values = chunks[:, begin : begin + count * dtype.itemsize].contiguous().view(-1).view(dtype)
         return bool(kernels.for_device(chunks.device).all_within(values.float(), limit))
+
+
+def runs_of(shard_numel: int) -> int:
+    """Runs in a shard."""
+    return -(-shard_numel // RUN)
+
+
+def most_scales(k: int, shard_numel: int) -> int:
+    """Magnitudes of k entries at most, since each run begins a new one."""
+    return -(-k // ENTRIES) + runs_of(shard_numel)
 
 
 @lru_cache(maxsize=1024)
 def _format(codec: TopK, layout: Layout) -> TopKFormat:
     k = codec.k if codec.ratio is None else math.ceil(round(codec.ratio * layout.most_elements, 6))  # 7 of 100 are 0.07
     assert k is not None
-    k = min(k, layout.most_elements)
-    half = codec.values == "fp16"
-    offsets_at = align(4 * -(-layout.shard_numel // RUN))
-    values_at = align(offsets_at + 2 * k)
-    return TopKFormat(k, half, offsets_at, values_at, align(values_at + (2 if half else 4) * k))
+    k, values = min(k, layout.most_elements), codec.values
+    # Of all ways to divide an offset into upper and lower bits the shortest, for which elements and k are enough to know.
+    return min((_divided(k, values, layout.shard_numel, b) for b in range(16)), key=lambda format: format.nbytes)
+
+
+def _divided(k: int, values: str, numel: int, low_bits: int) -> TopKFormat:
+    sign = values == "sign"
+    runs = runs_of(numel)  # each of which may leave 7 bits of a byte unused
+    scales_at = align(4 * runs)
+    upper_at = align(scales_at + (2 * most_scales(k, numel) if sign else 0))
+    low_at = align(upper_at + (-(-numel >> low_bits) + (k if low_bits else 0) + 7 * runs) // 8)
+    values_at = align(low_at + (k * (low_bits + sign) + 7 * runs) // 8)
+    return TopKFormat(k, values, low_bits, scales_at, upper_at, low_at, values_at, align(values_at + _VALUE_NBYTES[values] * k))

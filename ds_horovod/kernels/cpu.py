@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
+from ..memory import Memory
 from .formats import OneBitFormat, TopKFormat
 
 try:
@@ -87,6 +88,10 @@ def _flat(values: Tensor | None, numel: int) -> int:
     return values.data_ptr()
 
 
+def _memory(memory: Memory, numel: int) -> tuple[int, int, float]:
+    return _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum
+
+
 def _bytes(payload: Tensor) -> tuple[int, int]:
     if payload.dtype != torch.uint8 or not payload.is_contiguous():
         raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
@@ -94,10 +99,10 @@ def _bytes(payload: Tensor) -> tuple[int, int]:
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
     _cpu.one_bit_encode(
-        _one_bit(format), _layout(layout), *_tensors(layout, gradients), _flat(error, layout.numel), *_bytes(chunks),
+        _one_bit(format), _layout(layout), *_tensors(layout, gradients), _flat(memory.error, layout.numel), *_bytes(chunks),
         _threads(layout),
     )  # fmt: skip
 
@@ -122,10 +127,10 @@ def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weig
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
     _cpu.top_k_encode(
-        _top_k(format), _layout(layout), *_tensors(layout, gradients), _flat(error, layout.numel), *_bytes(chunks),
+        _top_k(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
         _threads(layout),
     )  # fmt: skip
 

@@ -11,8 +11,11 @@ from typing import NamedTuple
 RUN = 65536
 """Elements whose top-k entries share a count, so that an offset fits 16 bits."""
 
+ENTRIES = 64
+"""Top-k entries that share a magnitude, where only their signs travel."""
+
 ALL_NOT_FINITE = 0xFFFFFFFF
-"""As the first count of a chunk: the whole shard is NaN, and so is the first value."""
+"""As the first count of a chunk: the whole shard is NaN, and so is the first value, or magnitude."""
 
 
 def align(nbytes: int) -> int:
@@ -37,15 +40,36 @@ class OneBitFormat(NamedTuple):
 
 
 class TopKFormat(NamedTuple):
-    """A uint32 count for each run of 65536 elements, then the entries' uint16 offsets in their runs, then their values.
+    """Where the entries are, and their values, for runs of 65536 elements. In a chunk, one after the other:
 
-    Entries stand in ascending order. Values are float32, or float16 where `half`. There may be fewer than k entries: a
-    shard with fewer elements sends all of them, a shard with values that are not finite sends only those, as NaN, or,
-    where there are more than k of them, travels as NaN altogether.
+    * a uint32 count of entries for each run;
+    * sign only: for each 64 entries of a run their magnitude, as bfloat16;
+    * upper bits: entry i of a run, at offset x, sets bit ``(x >> low_bits) + i``; with `low_bits` 0, bit ``x``, which is a
+      bitmap. A run takes whole bytes, ``ceil((ceil(65536 / 2**low_bits) + entries) / 8)`` of them;
+    * lower bits: for each entry the `low_bits` lowest bits of its offset and, sign only, one bit more, 1 for negative,
+      one after the other from the lowest bit of a byte on. A run takes whole bytes;
+    * fp32 and fp16: values.
+
+    Upper and lower bits are the quasi-succinct code of Elias (1974) and Fano (1971): 2 + log2(elements / k) bits an entry,
+    within half a bit of what no code can beat. Entries stand in ascending order. There may be fewer than k: a shard with
+    fewer elements sends all of them, a shard with values that are not finite sends only those, as NaN, or, where there are
+    more than k of them, travels as NaN altogether.
     """
 
     k: int
-    half: bool
-    offsets_at: int
+    values: str
+    low_bits: int
+    scales_at: int
+    upper_at: int
+    low_at: int
     values_at: int
     nbytes: int
+
+    @property
+    def width(self) -> int:
+        """Bits of an entry among the lower bits."""
+        return self.low_bits + (self.values == "sign")
+
+    def upper_bits(self, run_numel: int, entries: int) -> int:
+        """Upper bits of a run of so many elements with so many entries."""
+        return -(-run_numel >> self.low_bits) + (entries if self.low_bits else 0)

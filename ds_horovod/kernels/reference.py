@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout, Piece
-from .formats import ALL_NOT_FINITE, RUN, OneBitFormat, TopKFormat
+from ..memory import Memory
+from .formats import ALL_NOT_FINITE, ENTRIES, RUN, OneBitFormat, TopKFormat
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
+_LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+_NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
 
 
 def flush(x: Tensor) -> Tensor:
@@ -23,25 +26,80 @@ def flush(x: Tensor) -> Tensor:
     return torch.where(x.abs() < _SMALLEST_NORMAL, torch.zeros_like(x).copysign(x), x)
 
 
-def corrected(layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, error: Tensor | None) -> Tensor:
-    """v = gradient + error of a piece, float32; either may be missing."""
-    if error is not None:
-        start = shard * layout.shard_numel + piece.offset
-        error = error[start : start + piece.numel]
+def corrected(
+    layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: Memory
+) -> tuple[Tensor, Tensor | None]:
+    """v = error + velocity of a piece, float32, and the velocity, which is the gradient where there is no momentum.
+
+    Gradients or the error may be missing. The memory is not changed.
+    """
+    error = of_piece(layout, shard, piece, memory.error)
     if gradients is None:
         assert error is not None
-        return error.clone()
+        return error.clone(), None
     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel].float()
-    return gradient.clone() if error is None else flush(flush(gradient) + flush(error))
+    velocity = of_piece(layout, shard, piece, memory.velocity)
+    if velocity is not None:
+        gradient = velocity = flush(flush(flush(velocity) * torch.tensor(memory.momentum)) + flush(gradient))
+    return (gradient.clone() if error is None else flush(flush(gradient) + flush(error))), velocity
+
+
+def of_piece(layout: Layout, shard: int, piece: Piece, flat: Tensor | None) -> Tensor | None:
+    """The part of a bucket's flat array that belongs to a piece."""
+    return None if flat is None else flat[shard * layout.shard_numel + piece.offset :][: piece.numel]
+
+
+# ---- random numbers
+
+
+def random_words(seed: int, counters: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al., SC 2011): four random words for each counter of four.
+
+    Parameters
+    ----------
+    seed
+        The key, 64 bits.
+    counters
+        int64 ``(n, 4)``, each of 32 bits.
+
+    Returns
+    -------
+    Tensor
+        int64 ``(n, 4)``, each of 32 bits.
+    """
+    mask = 0xFFFFFFFF
+    x0, x1, x2, x3 = (counters & mask).unbind(1)
+    low_key, high_key = seed & mask, seed >> 32
+    for _ in range(10):
+        (high0, low0), (high2, low2) = _product(0xD2511F53, x0), _product(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = high2 ^ x1 ^ low_key, low2, high0 ^ x3 ^ high_key, low0
+        low_key, high_key = low_key + 0x9E3779B9 & mask, high_key + 0xBB67AE85 & mask
+    return torch.stack([x0, x1, x2, x3], 1)
+
+
+def _product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a * x, whose 64 bits would not fit a signed integer."""
+    return (a * (x >> 16) + (a * (x & 0xFFFF) >> 16)) >> 16, a * x & 0xFFFFFFFF
+
+
+def uniforms(seed: int, memory: Memory, positions: Tensor) -> Tensor:
+    """A number of 16 bits over 2**16, in [0, 1), for the elements at some positions of what a pass encodes.
+
+    Eight elements draw from one counter, each half a word, low half first: row ``position // 8``, step, bucket, sender.
+    """
+    rows = positions >> 3
+    counters = torch.stack([rows, *(torch.full_like(rows, x) for x in (memory.step, memory.bucket, memory.sender))], 1)
+    word = random_words(seed, counters).gather(1, (positions >> 1 & 3)[:, None]).view(-1)
+    return (word >> 16 * (positions & 1) & 0xFFFF).float() / 65536
 
 
 # ---- one bit
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    """payload = Q[v], error = v - Q[v], where v = gradient + error.
+    """payload = Q[v], error = v - Q[v], where v = gradient + error. There is no velocity.
 
     Parameters
     ----------
@@ -51,14 +109,15 @@ def one_bit_encode(
         Where the gradients lie in the error and in the shards.
     gradients
         One contiguous tensor for each of the layout's, float32, float16 or bfloat16. None: v is the error alone.
-    error
-        float32, ``(layout.numel,)``, replaced. None: nothing is compensated.
+    memory
+        What is kept, each float32, ``(layout.numel,)``, replaced.
     chunks
         uint8, ``(layout.shards, format.nbytes)``, all zero, receives the payload.
     """
+    error = memory.error
     for shard, pieces in enumerate(layout.pieces):
         chunk = chunks[shard]
-        values = [corrected(layout, shard, piece, gradients, error) for piece in pieces]
+        values = [corrected(layout, shard, piece, gradients, memory)[0] for piece in pieces]
         sums = [_block_sums(format, v) for v in values]
         scales = _scales(format, pieces, sums)
         for piece, v, scale, slots in zip(pieces, values, scales, _slots(format, pieces), strict=True):
@@ -100,7 +159,7 @@ def one_bit_serve(
     before = total.clone()
     for worker in pushed:
         one_bit_accumulate(format, layout, worker, weight, total)
-    one_bit_encode(format, layout, None, total, chunk.unsqueeze(0))
+    one_bit_encode(format, layout, None, Memory(total), chunk.unsqueeze(0))
     if error is not None:
         (pieces,) = layout.pieces
         for piece, slots in zip(pieces, _slots(format, pieces), strict=True):
@@ -125,8 +184,12 @@ def _counts(format: OneBitFormat, numel: int) -> Tensor:
 def _block_sums(format: OneBitFormat, values: Tensor) -> Tensor:
     """Sum of |v|, or of v * v, over each block, in the fixed order."""
     blocks = flush(_blocks(format, values))
-    terms = flush(blocks * blocks) if format.scale == "l2" else blocks.abs()
-    rows = format.block // 32
+    return ordered_sums(flush(blocks * blocks) if format.scale == "l2" else blocks.abs())
+
+
+def ordered_sums(terms: Tensor) -> Tensor:
+    """Sums over the rows of a matrix whose width is a multiple of 32, in the fixed order."""
+    rows = terms.shape[1] // 32
     terms = torch.nn.functional.pad(terms.view(-1, rows, 32), (0, 0, 0, -rows % 8)).view(len(terms), -1, 8, 32)
     group = torch.zeros_like(terms[:, :, 0])
     for row in range(8):
@@ -196,16 +259,18 @@ def _one_bit_values(format: OneBitFormat, pieces: Sequence[Piece], chunk: Tensor
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, error: Tensor | None, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
     """payload = the k largest magnitudes of v in each shard, ties to the lowest index; error = v without them.
 
-    The arguments are those of `one_bit_encode`.
+    The velocity becomes zero where they are. The arguments are those of `one_bit_encode`.
     """
+    error, velocity = memory.error, memory.velocity
     for shard, pieces in enumerate(layout.pieces):
         if not pieces:
             continue
-        v = torch.cat([corrected(layout, shard, piece, gradients, error) for piece in pieces])
+        v, u = map(_joined, zip(*(corrected(layout, shard, piece, gradients, memory) for piece in pieces), strict=True))
+        assert v is not None
         if gradients is not None:  # the error alone is taken as it is
             v = flush(v) if error is not None else flush(v) + 0.0
         positions = torch.cat([torch.arange(piece.offset, piece.offset + piece.numel) for piece in pieces])
@@ -216,26 +281,76 @@ def top_k_encode(
             sent = v[chosen]
         else:
             chosen = (~finite).nonzero().view(-1)
-            all_not_finite = len(chosen) > format.k
             sent = torch.full((len(chosen),), torch.nan)
-        wire = sent.clamp(-_LARGEST_HALF, _LARGEST_HALF).half() if format.half else sent
+        if len(chosen) > format.k:
+            _write_entries(format, layout, chunks[shard], torch.tensor([0]), sent[:1])
+            chunks[shard, :4] = 255
+            arrives = sent
+        else:
+            arrives = _write_entries(format, layout, chunks[shard], positions[chosen], sent)
+        here = shard * layout.shard_numel + positions
         if error is not None:
             residual = v.clone()
-            residual[chosen] = flush(flush(sent) - flush(wire.float()))
-            kept = error[shard * layout.shard_numel + positions]
-            error[shard * layout.shard_numel + positions] = torch.where(finite, residual, kept)
-        where = positions[chosen]
-        chunk = chunks[shard]
-        runs = -(-layout.shard_numel // RUN)
-        if not finite.all() and all_not_finite:
-            chunk[:4] = 255
-            chunk[format.values_at : format.values_at + (2 if format.half else 4)] = wire[:1].view(torch.uint8)
-            continue
-        chunk[: 4 * runs].view(torch.int32).copy_(torch.bincount(where // RUN, minlength=runs))
-        offsets = chunk[format.offsets_at : format.offsets_at + 2 * len(where)].view(torch.int16)
-        offsets.copy_(where % RUN)  # wraps: the bits are those of a uint16
-        values = chunk[format.values_at : format.values_at + len(where) * (2 if format.half else 4)]
-        values.copy_(wire.view(torch.uint8))
+            residual[chosen] = flush(flush(sent) - flush(arrives))
+            error[here] = torch.where(finite, residual, error[here])
+        if velocity is not None:
+            assert u is not None
+            if finite.all():
+                u[chosen] = 0.0
+            velocity[here] = torch.where(finite, u, velocity[here])
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+
+def _write_entries(format: TopKFormat, layout: Layout, chunk: Tensor, where: Tensor, values: Tensor) -> Tensor:
+    """Writes entries at ascending positions of a shard into its chunk. Returns the values that arrive."""
+    runs = -(-layout.shard_numel // RUN)
+    counts = torch.bincount(where // RUN, minlength=runs)
+    chunk[: 4 * runs].view(torch.int32).copy_(counts)
+    arrives = values.clone()
+    if format.values != "sign":
+        if format.values == "fp16":
+            values = values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+            arrives = values.float()
+        chunk[format.values_at : format.values_at + len(values) * values.element_size()] = values.view(torch.uint8)
+    first = scale_at = upper_at = low_at = 0
+    for run, count in enumerate(counts.tolist()):
+        entries = slice(first, first + count)
+        offsets = where[entries] - run * RUN
+        upper = torch.zeros(format.upper_bits(min(RUN, layout.shard_numel - run * RUN), count), dtype=torch.bool)
+        upper[(offsets >> format.low_bits) + (torch.arange(count) if format.low_bits else 0)] = True
+        upper_at += _write_bits(chunk, format.upper_at + upper_at, upper)
+        fields = offsets & (1 << format.low_bits) - 1
+        if format.values == "sign":
+            fields |= values[entries].signbit().long() << format.low_bits
+            groups = torch.nn.functional.pad(flush(values[entries]).abs(), (0, -count % ENTRIES)).view(-1, ENTRIES)
+            sizes = torch.full((len(groups),), ENTRIES)
+            sizes[-1:] -= -count % ENTRIES
+            scales = flush(ordered_sums(groups) / sizes) if count else groups.new_empty(0)
+            scales = torch.where(scales.isnan(), _NAN_BFLOAT16, scales.clamp_max(_LARGEST_BFLOAT16).bfloat16())
+            begin = format.scales_at + 2 * scale_at
+            chunk[begin : begin + 2 * len(scales)] = scales.view(torch.uint8)
+            scale_at += len(scales)
+            arrives[entries] = scales.float().repeat_interleave(ENTRIES)[:count].copysign(values[entries])
+        low_at += _write_bits(
+            chunk, format.low_at + low_at, (fields[:, None] >> torch.arange(format.width) & 1).bool().view(-1)
+        )
+        first += count
+    return arrives
+
+
+def _write_bits(chunk: Tensor, at: int, bits: Tensor) -> int:
+    """Writes bits from a byte on, the first in its lowest bit. Returns how many bytes they take."""
+    padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    packed = (padded * torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])).sum(1).to(torch.uint8)
+    chunk[at : at + len(packed)] = packed
+    return len(packed)
+
+
+def _read_bits(chunk: Tensor, at: int, nbytes: int) -> Tensor:
+    return (chunk[at : at + nbytes, None].int() >> torch.arange(8) & 1).view(-1)
 
 
 def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -244,7 +359,7 @@ def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: 
     Raises
     ------
     ValueError
-        A count or an offset that no encoder writes; then nothing is written.
+        Entries that no encoder writes; then nothing is written.
     """
     dense = torch.zeros(layout.shards, layout.shard_numel)
     for shard, chunk in enumerate(chunks):
@@ -266,21 +381,39 @@ def _top_k_entries(format: TopKFormat, layout: Layout, shard: int, chunk: Tensor
     """Positions in the shard and values of a chunk's entries, checked."""
     runs = -(-layout.shard_numel // RUN)
     counts = chunk[: 4 * runs].view(torch.int32).long() & 0xFFFFFFFF
-    values = chunk[format.values_at :].view(torch.float16 if format.half else torch.float32).float()
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "sign": torch.bfloat16}[format.values]
+    values = chunk[format.scales_at if format.values == "sign" else format.values_at :].view(dtype).float()
     if runs and counts[0] == ALL_NOT_FINITE and values[0].isnan():
         where = torch.cat([torch.arange(p.offset, p.offset + p.numel) for p in layout.pieces[shard]] or [counts[:0]])
         return where, torch.full((len(where),), torch.nan)
     total = int(counts.sum())
     if total > format.k:
         raise ValueError("corrupted top-k payload: counts exceed k")
-    offsets = chunk[format.offsets_at : format.offsets_at + 2 * total].view(torch.int16).long() & 0xFFFF
-    where = offsets + RUN * torch.arange(runs).repeat_interleave(counts)
     real = torch.zeros(runs * RUN, dtype=torch.bool)
     for piece in layout.pieces[shard]:
         real[piece.offset : piece.offset + piece.numel] = True
-    if (where.diff() <= 0).any() or not real[where].all():
-        raise ValueError("corrupted top-k payload: offsets that do not ascend, or point into padding")
-    return where, values[:total]
+    found, signed = [counts[:0]], [values[:0]]
+    scale_at = upper_at = low_at = 0
+    for run, count in enumerate(counts.tolist()):
+        nbytes = -(-format.upper_bits(min(RUN, layout.shard_numel - run * RUN), count) // 8)
+        upper = _read_bits(chunk, format.upper_at + upper_at, nbytes).nonzero().view(-1)
+        upper_at += nbytes
+        if len(upper) != count:
+            raise ValueError("corrupted top-k payload: not as many entries as a count says")
+        nbytes = -(-count * format.width // 8)
+        fields = _read_bits(chunk, format.low_at + low_at, nbytes)[: count * format.width].view(count, format.width)
+        low_at += nbytes
+        low = (fields[:, : format.low_bits] << torch.arange(format.low_bits)).sum(1)
+        offsets = ((upper - torch.arange(count) if format.low_bits else upper) << format.low_bits) | low
+        if (offsets.diff() <= 0).any() or (offsets >= RUN).any() or not real[run * RUN + offsets].all():
+            raise ValueError("corrupted top-k payload: offsets that do not ascend, or point into padding")
+        found.append(run * RUN + offsets)
+        if format.values == "sign":
+            groups = -(-count // ENTRIES)
+            magnitudes = values[scale_at : scale_at + groups].repeat_interleave(ENTRIES)[:count]
+            signed.append(torch.where(fields[:, -1].bool(), -magnitudes, magnitudes))
+            scale_at += groups
+    return torch.cat(found), torch.cat(signed) if format.values == "sign" else values[:total]
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:

@@ -9,6 +9,7 @@ import math
 import sys
 import tempfile
 import traceback
+import warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -119,6 +120,8 @@ CONFIGURATIONS = {
     "1-bit l2 parameter": lambda: squeeze(OneBit(64, "l2", "parameter")),
     "top-k": lambda: squeeze(TopK(0.05)),
     "top-k fp16": lambda: squeeze(TopK(k=3, values="fp16")),
+    "signs with momentum": lambda: squeeze(TopK(0.05, values="sign"), momentum=0.5, server_compressor=TopK(0.1)),
+    "warm-up, clipped": lambda: squeeze(TopK(0.05), momentum=0.5, warmup_steps=2, max_norm=0.5),
     "dense": lambda: squeeze(NoCompression()),
     "one-way": lambda: squeeze(OneBit(64), server_compressor=NoCompression()),
     "mixed": lambda: squeeze(OneBit(96), server_compressor=TopK(0.2)),
@@ -147,6 +150,9 @@ def _add_to(total, gradient):
     total += gradient.double()
 
 
+LAWLESS = ("no compensation", "signs with momentum", "warm-up, clipped")  # or with a law of their own: see below
+
+
 def law(make, op, steps=6):
     """x_0 - x_T == lr * (sum_t mean_i g_i - mean_i e_i,T - E_T), parameter by parameter."""
     lr = 0.25
@@ -172,7 +178,7 @@ def law(make, op, steps=6):
 @check
 def conservation_law_of_an_average():
     for name, make in CONFIGURATIONS.items():
-        if name != "no compensation":
+        if name not in LAWLESS:
             law(make, hvd.Average)
 
 
@@ -180,6 +186,86 @@ def conservation_law_of_an_average():
 def conservation_law_of_a_sum():
     for name in ("1-bit", "top-k", "the paper"):
         law(CONFIGURATIONS[name], hvd.Sum)
+
+
+@check
+def conservation_law_with_momentum():
+    """Step by step: lr * out == mean_i(m u_i + g_i + e_i) + E - mean_i e_i' - E'."""
+    momentum, lr = 0.5, 0.25
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.05, values="sign"), momentum=momentum), options={"lr": lr})
+
+    def waiting():
+        return {name: worker + server for name, (worker, server) in errors_in_gradient_order(optimizer).items()}
+
+    def velocities():
+        found = {}
+        for bucket in optimizer._double_squeeze_session.buckets:
+            layout, mean = bucket.exchange.layout, everyones(bucket.exchange.velocity.double()).mean(0)
+            found |= {n: mean[o : o + c] for n, o, c in zip(bucket.names, layout.offsets, layout.numels, strict=True)}
+        return found
+
+    local = {}
+    for name, p in model.named_parameters():
+        p.register_hook(partial(local.__setitem__, name))
+    for step in range(6):
+        before, velocity = waiting(), velocities()
+        start = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        train_step(model, optimizer, step)
+        after = waiting()
+        for name, p in model.named_parameters():
+            if name in before:
+                gradient = everyones(local[name].double()).mean(0).view(-1)
+                moved = (start[name] - p.detach().double()).view(-1) / lr
+                rest = momentum * velocity[name] + gradient + before[name] - after[name] - moved
+                assert rest.abs().max() < 2e-5, f"{name}: off by {rest.abs().max()}"
+
+
+@check
+def two_momenta_are_warned_of():
+    for kind, options, cure in (
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "momentum=0"),
+        (torch.optim.AdamW, {"lr": 0.1}, "betas=(0.0, ...)"),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            distributed(small_model(), squeeze(TopK(), momentum=0.9), kind, options)
+        assert [w for w in caught if cure in str(w.message) and "momentum=0.9" in str(w.message)], caught
+        assert caught[0].filename == __file__ or any(w.filename == __file__ for w in caught), caught[0].filename
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distributed(small_model(), squeeze(TopK(), momentum=0.9))
+        distributed(small_model(), squeeze(TopK()), options={"lr": 0.1, "momentum": 0.9})
+        distributed(small_model(), squeeze(TopK(), momentum=0.9), torch.optim.AdamW, {"lr": 0.1, "betas": (0.0, 0.95)})
+    assert not caught, caught
+
+
+@check
+def each_worker_clips_its_own_gradient():
+    """As torch's clip_grad_norm_ before a dense exchange: biases, small and large gradients alike."""
+    for max_norm in (0.1, 1e6):
+        results = []
+        for ours in (True, False):
+            model = small_model()
+            if ours:
+                optimizer = distributed(model, squeeze(NoCompression(), max_norm=max_norm))
+            else:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(4):
+                x, y = batch(step)
+                optimizer.zero_grad()
+                (5 * cross_entropy(model(x), y)).backward()
+                if not ours:
+                    nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                    for i, p in enumerate(model.parameters()):
+                        p.grad = hvd.allreduce(p.grad, name=f"clipped.{i}")
+                optimizer.step()
+            results.append(flat(model.parameters()))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    model = nn.Embedding(400, 8, sparse=True)
+    optimizer = distributed(model, squeeze(max_norm=1.0))
+    with raises(ValueError, "max_norm cannot clip the sparse gradient of weight"):
+        model(torch.tensor([1, 2])).sum().backward()
 
 
 @check
@@ -233,7 +319,8 @@ def a_single_server_bears_the_traffic():
     model = small_model()
     optimizer = distributed(model, squeeze(TopK(0.1), server=0))
     train_step(model, optimizer, 0)
-    chunk = sum(bucket.exchange.push_nbytes for bucket in optimizer._double_squeeze_session.buckets)
+    exchanges = [bucket.exchange for bucket in optimizer._double_squeeze_session.buckets]
+    chunk = sum(exchange.options.compressor.chunk_nbytes(exchange.layout) for exchange in exchanges)
     stats = optimizer.double_squeeze.stats()
     expected = (hvd.size() - 1) * chunk if hvd.rank() == 0 else chunk
     assert stats["compressed_bytes_sent"] == stats["compressed_bytes_received"] == expected, (stats, chunk)

@@ -1,0 +1,39 @@
+"""What a worker, or a server, keeps of one bucket from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Memory:
+    """What one side keeps of a bucket, and which random numbers it draws next.
+
+    A pass of the worker, with a coefficient of momentum correction m (Lin et al. 2018, arXiv 1712.01887; zero: none)::
+
+        u = m * u + g
+        v = e + u
+        payload = Q[v]
+        e = v - Q[v]
+        u = 0 where v was sent      factor masking, for compressors that leave elements out
+
+    Random numbers are those of a counter (`kernels.reference.random_words`): the same step, bucket and sender draw the
+    same ones on every device.
+    """
+
+    error: Tensor | None = None
+    """e: float32, of the bucket or of the shard that is served. None: nothing is compensated."""
+    velocity: Tensor | None = None
+    """u: float32, as large. None: no momentum correction."""
+    momentum: float = 0.0
+    """m: in [0, 1)."""
+    bucket: int = 0
+    """Index of the bucket."""
+    sender: int = 0
+    """2 * rank for a worker, one more for a server: each rounds by random numbers of its own."""
+    first_shard: int = 0
+    """Index of the first shard of the layout that is encoded: what all ranks draw alike is drawn by shard."""
+    step: int = 0
+    """Passes so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -90,6 +92,74 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+class Cells:
+    """A file of results, one entry for each cell of an experiment, to which several processes may add.
+
+    It is read anew before each look and each addition, and written as a whole: what one process adds, the others keep.
+
+    Parameters
+    ----------
+    path
+        Of the JSON.
+    settings
+        What the results of one file have in common.
+    key
+        The entries of a cell that tell it from the others.
+
+    Raises
+    ------
+    ValueError
+        The file is something else, or holds results of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], key: Sequence[str]) -> None:
+        self._path = path
+        self._settings = json.loads(json.dumps(settings))  # as it will be read
+        self._key = tuple(key)
+        self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All cells so far."""
+        if not self._path.exists() or not self._path.stat().st_size:
+            return []
+        try:
+            content = json.loads(self._path.read_text())
+            before, cells = content["settings"], list(content["cells"])
+            different = [key for key in {**before, **self._settings} if before.get(key) != self._settings.get(key)]
+            for cell in cells:
+                self._name(cell)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self._path} holds no results of this benchmark: {error!r}; name another file") from error
+        if different:
+            found = ", ".join(f"{key} {before.get(key)!r} there, {self._settings.get(key)!r} here" for key in different)
+            raise ValueError(f"{self._path} cannot be continued: {found}; name another file")
+        return cells
+
+    def has(self, **key: Any) -> bool:
+        """Whether a cell is there."""
+        return self._name(key) in map(self._name, self.read())
+
+    def add(self, **cell: Any) -> None:
+        """Writes a cell, in place of an older one."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            cells = [other for other in self.read() if self._name(other) != self._name(cell)]
+            cells = sorted([*cells, cell], key=lambda cell: json.dumps(self._name(cell)))
+            # A line for each cell: some hold long lists.
+            lines = ",\n".join(json.dumps(cell) for cell in cells)
+            text = f'{{\n"settings": {json.dumps(self._settings, indent=1)},\n"cells": [\n{lines}\n]\n}}\n'
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=self._path.name, delete=False) as file:
+                file.write(text)
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, self._path)
+        finally:
+            os.close(folder)
+
+    def _name(self, cell: Mapping[str, Any]) -> list[Any]:
+        return [cell[name] for name in self._key]
 
 
 # ---- for argparse

@@ -12,7 +12,7 @@ except ImportError as error:
         "does that (scripts/install_horovod.sh VENV)."
     ) from error
 
-from .compressors import Compressor, NoCompression, OneBit, TopK
+from .compressors import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from .double_squeeze import DoubleSqueeze
 from .eager import allreduce
 from .hook import install as _install
@@ -20,4 +20,15 @@ from .hook import install as _install
 _install()
 
 __version__ = "0.1.0"
-__all__ = ["Compressor", "DoubleSqueeze", "NoCompression", "OneBit", "TopK", "allreduce"]
+__all__ = [
+    "Cast",
+    "Compressor",
+    "DoubleSqueeze",
+    "NoCompression",
+    "OneBit",
+    "Quantize",
+    "RandomK",
+    "Ternary",
+    "TopK",
+    "allreduce",
+]

@@ -70,6 +70,8 @@ class Options:
     """Of the workers' momentum correction."""
     warmup_steps: int = 0
     """First steps in which everything travels uncompressed."""
+    error_decay: float = 1.0
+    """Of the workers' errors in each step."""
     max_norm: float | None = None
     """To which each worker clips its gradients before it compresses them."""
 
@@ -116,6 +118,7 @@ class Exchange(Generic[Handle]):
             error=torch.zeros(numel, device=self.device) if options.worker_error else None,
             velocity=torch.zeros(numel, device=self.device) if options.momentum else None,
             momentum=options.momentum,
+            decay=options.error_decay,
             bucket=self.bucket,
             sender=2 * transport.rank,
         )
@@ -244,7 +247,7 @@ class Flight(Generic[Handle]):
         self.landed = True
 
     def _undo(self, replies: Tensor, worker_error: Tensor) -> None:
-        """Takes this step back from the worker's memory where the reply is not finite: e = e' + Q[v] - g.
+        """Takes this step back from the worker's memory where the reply is not finite: e = (e' + Q[v] - g) / decay.
 
         What this rank sent there is lost through no fault of its own, and an overflow step, which a GradScaler skips,
         must not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. This is
@@ -256,17 +259,19 @@ class Flight(Generic[Handle]):
         sent = [torch.empty(n, device=replies.device) for n in layout.numels]
         self._server_compressor.decode(layout, replies, arrived)
         self._compressor.decode(layout, self._payload, sent)
+        decay = exchange.options.error_decay
         for offset, gradient, got, own in zip(layout.offsets, self._gradients, arrived, sent, strict=True):
             here = slice(offset, offset + len(got))
             g = gradient.view(-1).float()
             lost = ~got.isfinite() & own.isfinite() & g.isfinite()
             e = worker_error[here]
             if exchange.velocity is None:
-                e[lost] += own[lost] - g[lost]
+                e[lost] = (e[lost] + own[lost] - g[lost]) / decay
                 continue
             u = exchange.velocity[here]
             forgotten = (own != 0) if self._compressor.sparse else torch.zeros_like(lost)
             kept = lost & ~forgotten
-            e[kept] += own[kept] - u[kept]
+            e[kept] = (e[kept] + own[kept] - u[kept]) / decay
             u[kept] = (u[kept] - g[kept]) / exchange.options.momentum
-            e[lost & forgotten] += own[lost & forgotten] - g[lost & forgotten]
+            gone = lost & forgotten
+            e[gone] = (e[gone] + own[gone] - g[gone]) / decay

@@ -14,7 +14,7 @@ class Memory:
     A pass of the worker, with a coefficient of momentum correction m (Lin et al. 2018, arXiv 1712.01887; zero: none)::
 
         u = m * u + g
-        v = e + u
+        v = d * e + u               d: error decay, 1: none
         payload = Q[v]
         e = v - Q[v]
         u = 0 where v was sent      factor masking, for compressors that leave elements out
@@ -29,6 +29,8 @@ class Memory:
     """u: float32, as large. None: no momentum correction."""
     momentum: float = 0.0
     """m: in [0, 1)."""
+    decay: float = 1.0
+    """d: in (0, 1]. A server's is 1."""
     bucket: int = 0
     """Index of the bucket."""
     sender: int = 0

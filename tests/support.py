@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_horovod import Compressor, NoCompression, OneBit, TopK
+from ds_horovod import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.layout import Layout
 
 
@@ -30,6 +30,14 @@ COMPRESSORS: list[Compressor] = [
     TopK(0.05, values="fp16"),
     TopK(0.05, values="sign"),
     TopK(k=3),
+    Ternary(64),
+    Ternary(96, rounding="stochastic", scale="l2"),
+    *(Quantize(bits, 64) for bits in (2, 3, 4, 8)),
+    Quantize(4, 32, rounding="stochastic", seed=1 << 40),
+    Cast("fp16"),
+    Cast("bf16"),
+    RandomK(0.1),
+    RandomK(0.05, values="fp16"),
     NoCompression(),
     Int8(),
 ]

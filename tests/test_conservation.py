@@ -74,11 +74,14 @@ class Group:
         return [gathered(self.layout, exchange.velocity) for exchange in self.simulation.exchanges]
 
     def given(self, gradients):
-        """What the workers are about to add: gradients, or what momentum makes of them."""
+        """What the workers are about to add: gradients, or what momentum makes of them, less what decays of the errors."""
         gradients = [torch.cat(worker).double() for worker in gradients]
         momentum = self.simulation.exchanges[0].options.momentum
         if momentum:
             gradients = [momentum * u.double() + g for u, g in zip(self.velocities(), gradients, strict=True)]
+        decay = self.simulation.exchanges[0].options.error_decay
+        if decay < 1:
+            gradients = [g - (1 - decay) * e.double() for g, e in zip(gradients, self.worker_errors(), strict=True)]
         return self.weight * sum(gradients)
 
 
@@ -128,6 +131,21 @@ def test_sixty_four_workers(server):
 # ---- against the algorithm as the paper writes it
 
 
+def replied(compressor, layout, tensors, step, server):
+    """Q'[v], by the servers of each shard, with their random numbers."""
+    values = [torch.empty_like(t) for t in tensors]
+    for shard, pieces in enumerate(layout.pieces):
+        alone = layout.shard(shard)
+        parts = [tensors[p.tensor][p.first : p.first + p.numel].clone() for p in pieces]
+        memory = Memory(step=step, sender=2 * (shard if server is None else server) + 1, first_shard=shard)
+        payload = torch.zeros(1, compressor.chunk_nbytes(alone), dtype=torch.uint8)
+        compressor.encode(alone, parts, memory, payload)
+        compressor.decode(alone, payload, parts)
+        for piece, part in zip(pieces, parts, strict=True):
+            values[piece.tensor][piece.first : piece.first + piece.numel] = part
+    return values
+
+
 def through(compressor, layout, tensors, step=0, rank=0):
     """Q[v], by the compressor's own passes, as a worker draws its random numbers."""
     payload = torch.zeros(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8)
@@ -146,14 +164,14 @@ def test_the_algorithm_line_by_line(pair, server, average, worker_error, server_
     group = Group(pair, workers, server, average, worker_error, server_error)
     zeros = [torch.zeros(size) for size in SIZES]
     e, server_e = [zeros] * workers, zeros
-    for _ in range(3):
+    for step in range(3):
         gradients = group.gradients(g)
         v = [[a + b for a, b in zip(*worker, strict=True)] for worker in zip(gradients, e, strict=True)]
-        sent = [through(pair[0], group.layout, worker) for worker in v]
+        sent = [through(pair[0], group.layout, worker, step, rank) for rank, worker in enumerate(v)]
         total = server_e
         for worker in sent:
             total = [t + group.weight * x for t, x in zip(total, worker, strict=True)]
-        output = through(pair[1], group.layout, total)
+        output = replied(pair[1], group.layout, total, step, server)
         if worker_error:
             e = [[a - b for a, b in zip(*worker, strict=True)] for worker in zip(v, sent, strict=True)]
         if server_error:
@@ -304,6 +322,27 @@ def test_what_is_not_finite_leaves_the_velocity_alone(pair, server):
     for after, was in zip(waits(), before, strict=True):
         torch.testing.assert_close(after[lost], was[lost], rtol=0, atol=1e-5)
     assert check_law(group, group.gradients(g)).isfinite().all()
+
+
+@every_pair
+def test_errors_that_decay_lose_no_more_than_that(pair):
+    g = generator(11)
+    group = Group(pair, 3, error_decay=0.75)
+    for _ in range(5):
+        check_law(group, group.gradients(g))
+
+
+@every_sparse_pair
+def test_a_step_of_decay_and_momentum_is_taken_back(pair):
+    g = generator(12)
+    group = Group(pair, 2, error_decay=0.5, momentum=0.9)
+    check_law(group, group.gradients(g))
+    before = group.worker_errors()[0].double() + 0.9 * group.velocities()[0].double() / 0.5
+    gradients = group.gradients(g)
+    gradients[1][1][333] = math.inf
+    lost = ~group.step(gradients).isfinite()
+    after = group.worker_errors()[0].double() + 0.9 * group.velocities()[0].double() / 0.5
+    torch.testing.assert_close(after[lost], before[lost], rtol=0, atol=1e-5)  # half of it counts in the next step
 
 
 # ---- the first steps uncompressed

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import assert_same_bits, generator, spread
 
-from ds_horovod import OneBit, TopK, _cpu, kernels
+from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK, _cpu, kernels
 from ds_horovod.compressors.top_k import _format as _top_k_format
 from ds_horovod.kernels import cpu, reference
 from ds_horovod.layout import pack
@@ -20,7 +20,11 @@ ONE_BIT = [OneBit(*o) for o in itertools.product((32, 96, 2048), ("l1", "l2"), (
 VALUES = ("fp32", "fp16", "sign")
 TOP_K = [TopK(ratio, values=values) for ratio in (0.001, 0.01, 0.3, 1.0) for values in VALUES]
 TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in VALUES]
-CODECS = ONE_BIT + TOP_K
+QUANTIZE = [Ternary(), Ternary(96), Quantize(2, 32), Quantize(3, 96), Quantize(3, 2048), Quantize(4), Quantize(8, 64)]
+QUANTIZE += [Ternary(64, "stochastic", seed=3), Ternary(32, "stochastic", "l2"), Quantize(3, 96, "stochastic")]
+QUANTIZE += [Quantize(8, 2048, "stochastic", "l2", seed=2**64 - 1)]
+ELEMENTS = [Cast("fp16"), Cast("bf16"), RandomK(1e-5), RandomK(0.01), RandomK(0.3, values="fp16", seed=2**64 - 1), RandomK(1.0)]
+CODECS = ONE_BIT + TOP_K + QUANTIZE + ELEMENTS
 
 SIZES = [[1], [7], [8], [9], [31], [2047], [2048], [2049], [65535], [65537], [5, 100, 3000], [70000, 1, 33, 200000]]
 MILLION = 1_100_003  # more than a thread's share, and large enough to be written past the caches
@@ -84,9 +88,9 @@ def oracle():
     return mock.patch.object(kernels, "for_device", return_value=reference)
 
 
-def passes(codec, layout, gradients, error, dtype):
+def passes(codec, layout, gradients, error, dtype, decay=1.0):
     """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
-    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
+    memory = Memory(None if error is None else error.clone(), decay=decay, step=5, bucket=2, sender=3, first_shard=1)
     if codec.sparse and gradients is not None and error is not None:
         memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
@@ -100,12 +104,12 @@ def passes(codec, layout, gradients, error, dtype):
     return results | {name: kept for name, kept in (("error", memory.error), ("velocity", memory.velocity)) if kept is not None}
 
 
-def check_passes(codec, layout, gradients, error, dtype, what):
+def check_passes(codec, layout, gradients, error, dtype, what, decay=1.0):
     with oracle():
-        expected = passes(codec, layout, gradients, error, dtype)
+        expected = passes(codec, layout, gradients, error, dtype, decay)
     for instruction_set in _cpu.instruction_sets():
         with on(instruction_set):
-            native = passes(codec, layout, gradients, error, dtype)
+            native = passes(codec, layout, gradients, error, dtype, decay)
         for name, values in expected.items():
             assert_same_bits(native[name], values, f"{name} ({what}, {instruction_set}):")
 
@@ -135,6 +139,7 @@ def test_contents(codec, content):
         gradients = make(content, sizes, dtype)
         error = spread(layout, make(content, sizes, torch.float32, seed=1))
         check_passes(codec, layout, gradients, error, dtype, f"{dtype}, {shards} shards, both")
+        check_passes(codec, layout, gradients, error, dtype, f"{dtype}, {shards} shards, decaying", decay=0.9)
         check_passes(codec, layout, gradients, None, dtype, f"{dtype}, {shards} shards, no error")
         check_passes(codec, layout, None, error, dtype, f"{dtype}, {shards} shards, error alone")
 
@@ -147,7 +152,7 @@ def test_a_million(codec):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", [OneBit(), OneBit(32, granularity="bucket"), TopK(0.01)], ids=str)
+@pytest.mark.parametrize("codec", [OneBit(), OneBit(32, granularity="bucket"), TopK(0.01), Cast(), RandomK()], ids=str)
 def test_memory_that_is_not_aligned(codec, dtype, instruction_set):
     layout = pack([MILLION], codec.block, 1)
     gradient = make("normal", [MILLION], dtype)[0]
@@ -240,7 +245,7 @@ def test_serve(codec, content, error_kept):
 
 
 @pytest.mark.parametrize(
-    "codec", [*ONE_BIT, TopK(0.01), TopK(0.3, values="fp16"), TopK(0.05, values="sign")], ids=str
+    "codec", [*ONE_BIT, *QUANTIZE, *ELEMENTS, TopK(0.01), TopK(0.3, values="fp16"), TopK(0.05, values="sign")], ids=str
 )
 @pytest.mark.parametrize("content", ["normal", "ties", "not finite"])
 def test_threads_make_no_difference(codec, content, instruction_set, use_threads):
@@ -351,6 +356,36 @@ def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
     assert written[: 4 * scales].view(np.float32) == pytest.approx(means, rel=1e-6)
 
 
+@pytest.mark.parametrize("codec", [q for q in QUANTIZE if q.rounding == "nearest"], ids=str)
+def test_levels_are_the_nearest(codec, instruction_set):
+    v = torch.randn(5000, generator=generator(0))
+    levels = 2 ** (codec.bits - 1) - 1 if isinstance(codec, Quantize) else 1
+    values = codec.decompress(codec.compress(v), len(v))
+    for block, sent in zip(v.split(codec.block), values.split(codec.block), strict=True):
+        step = block.abs().max() / levels
+        torch.testing.assert_close(sent, (block / step).round() * step)
+        assert (block - sent).abs().max() <= step / 2 * 1.0001
+
+
+@pytest.mark.parametrize("codec", [q for q in QUANTIZE if q.rounding == "stochastic"], ids=str)
+def test_stochastic_levels_are_right_on_average(codec, instruction_set):
+    """Every draw is one of the two levels around a value, and the mean of many comes near it."""
+    layout, draws = pack([512], codec.block, 1), 4000
+    v = torch.randn(512, generator=generator(0))
+    levels = 2 ** (codec.bits - 1) - 1 if isinstance(codec, Quantize) else 1
+    scales = [b.norm() if codec.scale == "l2" else b.abs().max() for b in v.split(codec.block)]
+    step = torch.cat([(s / levels).expand(len(b)) for s, b in zip(scales, v.split(codec.block), strict=True)])
+    total, decoded = torch.zeros(512, dtype=torch.float64), torch.empty(512)
+    for draw in range(draws):
+        payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+        codec.encode(layout, [v], Memory(step=draw, sender=2 * (draw % 3)), payload)
+        codec.decode(layout, payload, [decoded])
+        assert ((decoded - v).abs() <= step * 1.0001).all()
+        total += decoded
+    deviation = (total / draws - v).abs() / (step / 2 / draws**0.5)  # a draw is off by half a step at most, on average
+    assert deviation.max() < 5 and deviation.mean() < 1
+
+
 @pytest.mark.parametrize("values", VALUES)
 def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_set):
     """The whole shard becomes NaN, the errors of such values stay, and finite values wait in the error."""
@@ -373,3 +408,84 @@ def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_se
     assert (second != 0).sum() + (first[layout.shard_numel :] != 0).sum() == 3
     assert torch.equal(error[10:14], torch.arange(10.0, 14.0))
     assert torch.equal(error[:10], torch.arange(1.0, 11.0))
+
+
+@pytest.mark.parametrize("numel", [1, 9, 2049, 65537])
+@pytest.mark.parametrize("codec, dtype", [(Cast("fp16"), torch.float16), (Cast("bf16"), torch.bfloat16)], ids=str)
+def test_cast_is_that_of_torch(codec, dtype, numel, instruction_set):
+    v = torch.randn(numel, generator=generator(0)) ** 5
+    v[0], v[-1] = -3e38, 3.4e38  # beyond fp16; the latter rounds up to infinity as bf16 too
+    layout = pack([numel], codec.block, 1)
+    error, decoded = torch.zeros(layout.numel), torch.empty(numel)
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [v], Memory(error), payload)
+    codec.decode(layout, payload, [decoded])
+    largest = torch.finfo(dtype).max
+    assert torch.equal(decoded, v.to(dtype).float().clamp(-largest, largest))
+    assert torch.equal(error[:numel], v - decoded)
+    assert codec.is_within(layout, payload)
+    assert codec.is_within(layout, payload, 2.0**50) == (dtype == torch.float16)
+
+
+def test_what_is_not_finite_is_cast_to_nan(instruction_set):
+    v = torch.randn(100, generator=generator(0))
+    v[7], v[40], v[99] = torch.nan, torch.inf, -torch.inf
+    for codec, nan in ((Cast("fp16"), 0x7E00), (Cast("bf16"), 0x7FC0)):
+        layout = pack([100], codec.block, 1)
+        error = torch.full((layout.numel,), 0.25)
+        payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+        codec.encode(layout, [v], Memory(error), payload)
+        lost = payload.view(torch.int16)[0, :100] == nan
+        assert torch.equal(lost, ~v.isfinite()) and not codec.is_within(layout, payload)
+        assert (error[:100] == 0.25).nonzero().view(-1).tolist() == [7, 40, 99]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_cast_keeps_a_velocity(dtype, instruction_set):
+    layout, codec = pack([5, 700], 32, 2), Cast(dtype)
+    gradients = make("not finite", [5, 700], torch.float32)
+    results = []
+    for context in (oracle(), contextlib.nullcontext()):
+        error, velocity = (spread(layout, make("normal", [5, 700], torch.float32, seed)) for seed in (1, 2))
+        payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
+        with context:
+            codec.encode(layout, gradients, Memory(error, velocity, 0.9, decay=0.5), payload)
+        results.append((payload, error, velocity))
+    for own, other in zip(*results, strict=True):
+        assert_same_bits(own, other)
+    finite = gradients[1].isfinite()
+    expected = 0.9 * make("normal", [5, 700], torch.float32, 2)[1] + gradients[1]
+    assert torch.equal(results[0][2][32:732][finite], expected[finite])
+
+
+def drawn(codec, numel, **memory):
+    layout = pack([numel], codec.block, 1)
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [torch.ones(numel)], Memory(**memory), payload)
+    decoded = torch.empty(numel)
+    codec.decode(layout, payload, [decoded])
+    return decoded.nonzero().view(-1)
+
+
+def test_random_k_draws_one_position_of_each_stratum(instruction_set):
+    for numel, k in ((3200, 7), (3200, 32), (3200, 3199), (3200, 3200), (70016, 101)):
+        positions = drawn(RandomK(k / numel), numel, step=3)
+        starts = torch.arange(k + 1) * numel // k
+        assert torch.equal(torch.searchsorted(starts, positions, right=True), torch.arange(1, k + 1))
+
+
+def test_random_k_draws_alike_on_all_ranks_and_anew_in_each_step():
+    q = RandomK(0.01)
+    first = drawn(q, 32000, sender=0)
+    assert torch.equal(first, drawn(q, 32000, sender=7))
+    for other in ({"step": 1}, {"bucket": 1}, {"first_shard": 1}):
+        assert (first == drawn(q, 32000, **other)).sum() < 20
+    assert (first == drawn(RandomK(0.01, seed=1), 32000)).sum() < 20
+
+
+def test_random_k_draws_every_element_as_often():
+    times = torch.zeros(64)
+    for step in range(3200):
+        times[drawn(RandomK(1 / 16), 64, step=step)] += 1
+    assert times.sum() == 3200 * 4
+    assert ((times - 200).square() / 200).sum() < 150  # of 60 degrees of freedom: 60 +- 11

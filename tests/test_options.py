@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import Compressor, DoubleSqueeze, NoCompression, OneBit, TopK
+from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.agreement import require_agreement
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import InProcessTransport
@@ -38,6 +38,28 @@ def test_values():
         TopK(values="bf16")
 
 
+@pytest.mark.parametrize("bits", [0, 1, 5, 16, "4"])
+def test_bits(bits):
+    with pytest.raises(ValueError, match=f"Quantize: bits must be one of 2, 3, 4, 8, got {bits!r}"):
+        Quantize(bits)
+
+
+@pytest.mark.parametrize("kind", [Quantize, Ternary])
+def test_levels(kind):
+    name = kind.__name__
+    with pytest.raises(ValueError, match=f"{name}: block must be a positive multiple of 32, got 100"):
+        kind(block=100)
+    with pytest.raises(ValueError, match=f"{name}: rounding must be one of nearest, stochastic, got 'up'"):
+        kind(rounding="up")
+    with pytest.raises(ValueError, match=f"{name}: scale must be one of absmax, l2, got 'l1'"):
+        kind(scale="l1")
+    with pytest.raises(ValueError, match=f'{name}: scale="l2" needs rounding="stochastic"'):
+        kind(scale="l2")
+    for seed in (-1, 2**64, 0.5):
+        with pytest.raises(ValueError, match=f"{name}: seed must be a whole number from 0 to 2.*, got {seed}"):
+            kind(seed=seed)
+
+
 @pytest.mark.parametrize("block", [0, -32, 31, 33, 2047, 64.0])
 def test_block(block):
     with pytest.raises(ValueError, match=f"OneBit: block must be a positive multiple of 32, got {block}"):
@@ -52,6 +74,28 @@ def test_scale():
 def test_granularity():
     with pytest.raises(ValueError, match="OneBit: granularity must be one of block, parameter, bucket, got 'layer'"):
         OneBit(granularity="layer")
+
+
+def test_cast_dtype():
+    with pytest.raises(ValueError, match="Cast: dtype must be one of fp16, bf16, got 'int8'"):
+        Cast("int8")
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf])
+def test_ratio_of_random_k(ratio):
+    with pytest.raises(ValueError, match=f"RandomK: ratio must be over 0 and at most 1, got {re.escape(repr(ratio))}"):
+        RandomK(ratio)
+
+
+def test_values_of_random_k():
+    with pytest.raises(ValueError, match="RandomK: values must be one of fp32, fp16, got 'sign'"):
+        RandomK(values="sign")
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0, 2**64, "0", None])
+def test_seed_of_random_k(seed):
+    with pytest.raises(ValueError, match=rf"RandomK: seed must be a whole number from 0 to 2\*\*64 - 1, got {seed!r}"):
+        RandomK(seed=seed)
 
 
 @pytest.mark.parametrize("server", [-1, 1.0, "0"])
@@ -75,6 +119,12 @@ def test_momentum_needs_a_compressor_that_leaves_elements_out(compressor):
 def test_momentum_needs_an_error():
     with pytest.raises(ValueError, match=r"momentum=0\.9 needs worker_error=True, got False"):
         DoubleSqueeze(TopK(), momentum=0.9, worker_error=False)
+
+
+@pytest.mark.parametrize("decay", [0, -1.0, 1.1, math.nan])
+def test_error_decay(decay):
+    with pytest.raises(ValueError, match=f"error_decay must be over 0 and at most 1, got {decay}"):
+        DoubleSqueeze(error_decay=decay)
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, None])
@@ -214,7 +264,7 @@ def test_repr_of_double_squeeze_names_every_option():
     text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
-        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, warmup_steps=0, max_norm=None, server=3, "
+        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, error_decay=1.0, warmup_steps=0, max_norm=None, server=3, "
         "bucket_cap_mb=None, min_numel=4096)"
     )
 

@@ -8,7 +8,7 @@ import torch
 from support import COMPRESSORS, Int8, assert_same_bits, generator
 from test_kernels import oracle
 
-from ds_horovod import NoCompression, OneBit, TopK
+from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.layout import pack
 from ds_horovod.memory import Memory
 
@@ -21,6 +21,8 @@ EVERY = [
     TopK(),
     TopK(1.0, values="fp16"),
     TopK(0.2, values="sign"),
+    RandomK(),
+    RandomK(1.0, seed=2**64 - 1),
 ]
 TOP_K = [TopK(0.05), TopK(0.05, values="fp16"), TopK(0.05, values="sign"), TopK(k=3), TopK(1.0), TopK(1.0, values="sign")]
 GUARD = 64  # elements before and after what may be written
@@ -79,6 +81,15 @@ def top_k_parts(compressor, layout):
     return min(found, key=lambda parts: parts["end"])
 
 
+def code_nbytes(compressor):
+    """Of one block."""
+    return math.ceil(compressor.block / 5) if isinstance(compressor, Ternary) else compressor.block * compressor.bits // 8
+
+
+def random_k(compressor, shard_numel):
+    return max(1, math.ceil(round(compressor.ratio * shard_numel, 6)))
+
+
 def expected_nbytes(compressor, layout):
     numels = [sum(piece.numel for piece in pieces) for pieces in layout.pieces]
     if isinstance(compressor, OneBit):
@@ -87,6 +98,13 @@ def expected_nbytes(compressor, layout):
         return up16(4 * scales) + up16(layout.shard_numel // 8)
     if isinstance(compressor, TopK):
         return top_k_parts(compressor, layout)["end"]
+    if isinstance(compressor, (Quantize, Ternary)):
+        blocks = layout.shard_numel // compressor.block
+        return up16(4 * blocks) + up16(blocks * code_nbytes(compressor))
+    if isinstance(compressor, Cast):
+        return up16(2 * layout.shard_numel)
+    if isinstance(compressor, RandomK):
+        return 16 + up16((4 if compressor.values == "fp32" else 2) * random_k(compressor, layout.shard_numel))
     if isinstance(compressor, NoCompression):
         return up16(4 * layout.shard_numel)
     return up16(16 + compressor.payload_nbytes(max(numels)))
@@ -134,6 +152,27 @@ def one_bit_values(compressor, layout, shard, chunk):
     return result
 
 
+def quantized_values(compressor, layout, shard, chunk):
+    """As the format says, element by element."""
+    blocks, nbytes = layout.shard_numel // compressor.block, code_nbytes(compressor)
+    step = chunk[: 4 * blocks].view(np.float32)
+    codes = chunk[up16(4 * blocks) :][: blocks * nbytes].reshape(blocks, nbytes)
+    bits = 0 if isinstance(compressor, Ternary) else compressor.bits
+    levels = 2 ** (bits - 1) - 1 if bits else 1
+    result = np.zeros((blocks, compressor.block), np.float32)
+    for element in range(compressor.block):
+        if not bits:
+            code = codes[:, element % nbytes] // 3 ** (element // nbytes) % 3
+        elif bits == 3:
+            m = compressor.block // 8
+            word = sum(codes[:, part * m + element % m].astype(int) << 8 * part for part in range(3))
+            code = word >> 3 * (element // m) & 7
+        else:
+            code = codes[:, element % nbytes] >> bits * (element // nbytes) & (1 << bits) - 1
+        result[:, element] = (code.astype(np.float32) - levels) * step
+    return result.reshape(-1)
+
+
 def top_k_values(compressor, layout, shard, chunk):
     """As the format says, entry by entry."""
     at = top_k_parts(compressor, layout)
@@ -164,15 +203,57 @@ def top_k_values(compressor, layout, shard, chunk):
     return result
 
 
+def cast_values(compressor, layout, shard, chunk):
+    words = chunk[: 2 * layout.shard_numel].view(np.uint16)
+    if compressor.dtype == "fp16":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def philox(x, key):
+    """The four words of a counter, as Salmon et al. (2011) define them."""
+    for i in range(10):
+        a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
+        low, high = (k + i * weyl & 2**32 - 1 for k, weyl in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        x = b >> 32 ^ x[1] ^ low, b & 2**32 - 1, a >> 32 ^ x[3] ^ high, a & 2**32 - 1
+    return x
+
+
+def random_k_values(compressor, layout, shard, chunk):
+    """As the format says, stratum by stratum."""
+    numel, k = layout.shard_numel, random_k(compressor, layout.shard_numel)
+    header = list(map(int, chunk[:16].view(np.uint32)))
+    assert header == [0, 0, shard, k]
+    values = chunk[16:].view(np.float32 if compressor.values == "fp32" else np.float16)
+    key = compressor.seed % 2**32, compressor.seed >> 32 ^ 0x72616E64
+    result = np.zeros(numel, np.float32)
+    for i in range(k):
+        if i % 4 == 0:
+            words = philox((i // 4, *header[:3]), key)
+        begin, end = i * numel // k, (i + 1) * numel // k
+        result[begin + (words[i % 4] * (end - begin) >> 32)] = values[i]
+    return result
+
+
+READERS = {
+    OneBit: one_bit_values,
+    TopK: top_k_values,
+    Quantize: quantized_values,
+    Ternary: quantized_values,
+    Cast: cast_values,
+    RandomK: random_k_values,
+}
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, (OneBit, TopK))], ids=repr)
+@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, tuple(READERS))], ids=repr)
 def test_the_format_is_as_documented(compressor, sizes, shards):
     layout = pack(sizes, compressor.block, shards)
     payload = encoded(compressor, layout)
     decoded = [torch.empty(numel) for numel in sizes]
     compressor.decode(layout, payload, decoded)
-    read = one_bit_values if isinstance(compressor, OneBit) else top_k_values
+    read = READERS[type(compressor)]
     for shard, pieces in enumerate(layout.pieces):
         values = torch.from_numpy(read(compressor, layout, shard, payload[shard].numpy()))
         for p in pieces:
@@ -299,7 +380,7 @@ def random_corruptions(payload, tries):
 
 
 @pytest.mark.parametrize(
-    "compressor", [TopK(0.05), TopK(0.2, values="sign"), TopK(k=3), TopK(1.0, values="fp16"), OneBit(64)], ids=repr
+    "compressor", [TopK(0.05), TopK(0.2, values="sign"), TopK(k=3), TopK(1.0, values="fp16"), RandomK(0.1), OneBit(64)], ids=repr
 )
 def test_random_bytes(compressor):
     """Refused, or decoded to what the oracle makes of them."""
@@ -320,14 +401,21 @@ def test_random_bytes(compressor):
     assert refused == 0 if isinstance(compressor, OneBit) else 100 <= refused < 500
 
 
-@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, OneBit)], ids=repr)
-def test_one_bit_takes_any_bytes(compressor):
+@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, (OneBit, Quantize, Ternary, Cast))], ids=repr)
+def test_blocks_take_any_bytes(compressor):
+    """As the oracle does: there is nothing in them that could point anywhere."""
     layout = pack([5, 700, 63, 1], compressor.block, 2)
     for seed in range(20):
         g = generator(seed)
         payload = torch.randint(0, 256, (2, compressor.chunk_nbytes(layout)), generator=g, dtype=torch.uint8)
-        assert decode_and_watch(compressor, layout, payload) is not None
-        assert accumulate_and_watch(compressor, layout.shard(0), payload[0]) is not None
+        native = decode_and_watch(compressor, layout, payload), accumulate_and_watch(compressor, layout.shard(0), payload[0])
+        with oracle():
+            expected = (
+                decode_and_watch(compressor, layout, payload),
+                accumulate_and_watch(compressor, layout.shard(0), payload[0]),
+            )
+        for own, other in zip(native, expected, strict=True):
+            assert_same_bits(own, other)
 
 
 @pytest.mark.parametrize("flag", [3, 128, 255])
@@ -339,6 +427,39 @@ def test_a_corrupted_flag_of_a_users_compressor(flag):
     assert accumulate_and_watch(compressor, layout.shard(0), payload[0]) is None
     with pytest.raises(ValueError, match=rf"corrupted payload of Int8\(\): a chunk begins with {flag}"):
         compressor.decode(layout, payload, [torch.empty(40), torch.empty(5)])
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_corrupted_random_k(values):
+    compressor, layout = RandomK(0.1, values=values), pack([5, 700, 63, 1], 32, 2)
+    payload = encoded(compressor, layout)
+    k = random_k(compressor, layout.shard_numel)
+    for wrong in (0, k - 1, k + 1, 2**31, 2**32 - 1):  # the last says that all is NaN, which the first value must be
+        spoiled = payload.clone()
+        spoiled[1].numpy()[12:16].view(np.uint32)[0] = wrong
+        assert decode_and_watch(compressor, layout, spoiled) is None
+        assert accumulate_and_watch(compressor, layout.shard(1), spoiled[1]) is None
+        with pytest.raises(ValueError, match="corrupted random-k payload: another k than the layout's"):
+            compressor.decode(layout, spoiled, [torch.empty(numel) for numel in layout.numels])
+
+
+@pytest.mark.parametrize("values", ["fp32", "fp16"])
+def test_random_k_of_what_is_not_finite(values):
+    """The shard travels as NaN, its finite values wait in the error, and another shard knows nothing of it."""
+    compressor, layout = RandomK(0.1, values=values), pack([5, 700, 63, 1], 32, 2)
+    gradients = [torch.ones(numel) for numel in layout.numels]
+    gradients[1][3] = math.inf
+    error = torch.zeros(layout.numel)
+    payload = torch.zeros(2, compressor.chunk_nbytes(layout), dtype=torch.uint8)
+    compressor.encode(layout, gradients, Memory(error), payload)
+    decoded = decode_and_watch(compressor, layout, payload)
+    in_first = 5 + layout.shard_numel - layout.offsets[1]
+    assert decoded[:in_first].isnan().all() and decoded[in_first:].isfinite().all()
+    assert error[35] == 0 and error[:5].eq(1).all() and error[36 : layout.shard_numel].eq(1).all()
+    assert not compressor.is_within(layout, payload)
+    assert compressor.is_within(layout.shard(1), payload[1:])
+    total = accumulate_and_watch(compressor, layout.shard(0), payload[0])
+    assert total[:5].isnan().all() and (total[5:32] == 5).all()  # padding
 
 
 def test_payloads_of_another_dtype_or_layout_in_memory():

@@ -97,6 +97,22 @@ struct Call {
                     (codec.granularity != Granularity::block || codec.scales >= owned.shard_numel / codec.block),
                 "a chunk too small for its scales and signs");
     }
+    static void check(const Quantize& codec, const OwnedLayout& owned) {
+        require(codec.block > 0 && codec.block % 32 == 0 && owned.is_aligned(codec.block), "tensors must start on blocks");
+        const int64_t blocks = owned.shard_numel / codec.block;
+        require(codec.codes_at >= 4 * blocks && codec.chunk_bytes >= codec.codes_at + blocks * codec.block_bytes(),
+                "a chunk too small for its scales and codes");
+    }
+    static void check(const Cast& codec, const OwnedLayout& owned) {
+        require(owned.is_aligned(32), "tensors must start on blocks");
+        require(codec.chunk_bytes >= 2 * owned.shard_numel, "a chunk too small for its values");
+    }
+    static void check(const RandomK& codec, const OwnedLayout& owned) {
+        const int64_t k = codec.k;
+        require(owned.is_aligned(32), "tensors must start on blocks");
+        require(k >= 1 && k <= owned.shard_numel && codec.chunk_bytes >= int64_t(sizeof(RandomKHeader)) + (codec.half ? 2 : 4) * k,
+                "a chunk too small for its values");
+    }
     static void check(const TopK& codec, const OwnedLayout& owned) {
         const int64_t runs = (owned.shard_numel + 65535) / 65536, k = codec.k;
         const bool sign = codec.values == Values::sign;
@@ -113,6 +129,10 @@ struct Call {
         if (const char* fault = top_k_fault(codec, layout, chunks))
             throw std::invalid_argument(std::string("corrupted top-k payload: ") + fault);
     }
+    void require_sound(const RandomK& codec) const {
+        if (const char* fault = random_k_fault(codec, layout, chunks))
+            throw std::invalid_argument(std::string("corrupted random-k payload: ") + fault);
+    }
 };
 
 OneBit one_bit(int64_t block, const std::string& scale, const std::string& granularity, int64_t scales, int64_t bits_at,
@@ -122,10 +142,10 @@ OneBit one_bit(int64_t block, const std::string& scale, const std::string& granu
     return {block, scale == "l2", g, scales, bits_at, chunk_bytes};
 }
 
-Memory checked_memory(const Call& call, uintptr_t error, uintptr_t velocity, float momentum) {
+Memory checked_memory(const Call& call, uintptr_t error, uintptr_t velocity, float momentum, float decay) {
     require(call.dtype != Dtype::none || error, "nothing to encode");
     require(!velocity || (call.dtype != Dtype::none && error), "a velocity needs gradients and an error");
-    return {at<float>(error), at<float>(velocity), momentum};
+    return {at<float>(error), at<float>(velocity), momentum, decay};
 }
 
 Philox philox(uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender) {
@@ -153,6 +173,11 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<OwnedLayout>(m, "Layout")
         .def(py::init<std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>());
     py::class_<OneBit>(m, "OneBit").def(py::init(&one_bit));
+    py::class_<Quantize>(m, "Quantize")
+        .def(py::init([](int64_t block, int bits, int64_t levels, bool stochastic, bool l2, int64_t codes_at, int64_t chunk_bytes) {
+            return Quantize{block, bits, levels, stochastic, l2, codes_at, chunk_bytes};
+        }));
+    py::class_<Philox>(m, "Philox").def(py::init(&philox));
     py::class_<TopK>(m, "TopK").def(
         py::init([](int64_t k, const std::string& values, int low_bits, int64_t scales_at, int64_t upper_at, int64_t low_at,
                     int64_t values_at, int64_t chunk_bytes) {
@@ -160,12 +185,22 @@ PYBIND11_MODULE(_cpu, m) {
             return TopK{k, v, low_bits, scales_at, upper_at, low_at, values_at, chunk_bytes};
         }));
 
+    py::class_<Cast>(m, "Cast").def(py::init([](const std::string& dtype, int64_t chunk_bytes) {
+        return Cast{dtype == "fp16" ? Dtype::float16 : Dtype::bfloat16, chunk_bytes};
+    }));
+    py::class_<RandomK>(m, "RandomK").def(
+        py::init([](int64_t k, const std::string& values, uint64_t seed, int64_t chunk_bytes) {
+            return RandomK{k, values == "fp16", seed, chunk_bytes};
+        }));
+
     m.def("one_bit_encode", [](const OneBit& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                               uintptr_t error, uintptr_t chunks, int64_t bytes, int threads) {
+                               uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks,
+                               int64_t bytes, int threads) {
         const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none || error, "nothing to encode");
+        require(!velocity, "signs of all elements leave no velocity");
+        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
         py::gil_scoped_release release;
-        kernels->one_bit_encode(codec, call.layout, call.tensors(), at<float>(error), call.chunks, threads);
+        kernels->one_bit_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
     });
     m.def("one_bit_serve", [](const OneBit& codec, const OwnedLayout& layout, uintptr_t pushed, int64_t pushed_bytes, float weight,
                               uintptr_t error, uintptr_t chunk, int64_t bytes, int threads) {
@@ -193,9 +228,9 @@ PYBIND11_MODULE(_cpu, m) {
     });
 
     m.def("top_k_encode", [](const TopK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                             uintptr_t error, uintptr_t velocity, float momentum, uintptr_t chunks, int64_t bytes, int threads) {
+                             uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks, int64_t bytes, int threads) {
         const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        const Memory memory = checked_memory(call, error, velocity, momentum);
+        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
         py::gil_scoped_release release;
         kernels->top_k_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
     });
@@ -214,6 +249,92 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         call.require_sound(codec);
         kernels->top_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum));
+    });
+
+    m.def("quantize_encode", [](const Quantize& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                                uintptr_t error, uintptr_t velocity, float momentum, float decay, const Philox& random, uintptr_t chunks,
+                                int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
+        py::gil_scoped_release release;
+        kernels->quantize_encode(codec, call.layout, call.tensors(), memory, random, call.chunks, threads);
+    });
+    m.def("quantize_serve", [](const Quantize& codec, const OwnedLayout& layout, uintptr_t pushed, int64_t pushed_bytes, float weight,
+                               uintptr_t error, const Philox& random, uintptr_t chunk, int64_t bytes, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
+        require(layout.shards == 1, "a server has one shard");
+        require(pushed % 16 == 0 && pushed_bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
+        py::gil_scoped_release release;
+        kernels->quantize_serve(codec, call.layout, at<uint8_t>(pushed), pushed_bytes / codec.chunk_bytes, weight,
+                                at<float>(error), random, call.chunks, threads);
+    });
+    m.def("quantize_decode", [](const Quantize& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                                uintptr_t chunks, int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        require(call.dtype != Dtype::none, "nowhere to decode to");
+        py::gil_scoped_release release;
+        kernels->quantize_decode(codec, call.layout, call.chunks, call.tensors(), threads);
+    });
+    m.def("quantize_accumulate", [](const Quantize& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
+                                    uintptr_t sum, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
+        require(layout.shards == 1, "a server has one shard");
+        py::gil_scoped_release release;
+        kernels->quantize_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
+    });
+
+    m.def("cast_encode", [](const Cast& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                            uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks, int64_t bytes,
+                            int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
+        py::gil_scoped_release release;
+        kernels->cast_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
+    });
+    m.def("cast_decode", [](const Cast& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                            uintptr_t chunks, int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        require(call.dtype != Dtype::none, "nowhere to decode to");
+        py::gil_scoped_release release;
+        kernels->cast_decode(codec, call.layout, call.chunks, call.tensors(), threads);
+    });
+    m.def("cast_accumulate", [](const Cast& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
+                                uintptr_t sum, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
+        require(layout.shards == 1, "a server has one shard");
+        py::gil_scoped_release release;
+        kernels->cast_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
+    });
+    m.def("cast_is_within", [](const Cast& codec, uintptr_t chunks, int64_t bytes, float limit) {
+        require(chunks % 16 == 0 && bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
+        py::gil_scoped_release release;
+        return kernels->cast_is_within(codec, at<uint8_t>(chunks), bytes, limit);
+    });
+
+    m.def("random_k_encode", [](const RandomK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                                uintptr_t error, uintptr_t velocity, float momentum, float decay, uint32_t step, uint32_t bucket,
+                                uint32_t first_shard, uintptr_t chunks, int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
+        const RandomKHeader first = {step, bucket, first_shard, uint32_t(codec.k)};
+        py::gil_scoped_release release;
+        kernels->random_k_encode(codec, call.layout, call.tensors(), memory, first, call.chunks, threads);
+    });
+    m.def("random_k_decode", [](const RandomK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
+                                uintptr_t chunks, int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        require(call.dtype != Dtype::none, "nowhere to decode to");
+        py::gil_scoped_release release;
+        call.require_sound(codec);
+        kernels->random_k_decode(codec, call.layout, call.chunks, call.tensors(), threads);
+    });
+    m.def("random_k_accumulate", [](const RandomK& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
+                                    uintptr_t sum) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, 1);
+        require(layout.shards == 1, "a server has one shard");
+        py::gil_scoped_release release;
+        call.require_sound(codec);
+        kernels->random_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum));
     });
 
     m.def("all_within", [](uintptr_t values, int64_t count, float limit) {

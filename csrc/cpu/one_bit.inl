@@ -1,18 +1,13 @@
 // One bit an element: a scale for each region, and the signs. Included by each translation unit of kernels.
-//
-// Sums are taken in one fixed order, which a GPU's warps can follow too: 32 lanes, lane j takes every 32nd element from
-// j on, first within groups of 8 rows of 32, then over the groups; then the lanes pairwise, 8 apart, 16, 1, 2, 4. Sums of
-// regions larger than a block add the blocks' sums in double: 256 lanes, then pairwise 128 apart, 64, .., 1.
 
 #include <cmath>
 #include <vector>
 
 #include "parallel.h"
+#include "sums.h"
 #include "walk.h"
 
 namespace {
-
-constexpr int64_t kRow = 32, kGroup = 8 * kRow;
 
 // Which scale of a chunk belongs to a block: the law that ds_horovod/compressors/one_bit.py states for the payload.
 class Scales {
@@ -46,24 +41,6 @@ inline const float* scale_in(const uint8_t* chunk, int64_t slot) { return reinte
 
 template <bool L2> inline F8 square_or_abs(F8 v) { return L2 ? mul(v, v) : abs(v); }
 
-// Adds up rows of 32 values in the fixed order.
-struct RowSum {
-    F8 group[4], total[4];
-    RowSum() { for (int q = 0; q < 4; q++) group[q] = total[q] = splat(0); }
-    void close_group() {
-        for (int q = 0; q < 4; q++) {
-            total[q] = add(total[q], group[q]);
-            group[q] = splat(0);
-        }
-    }
-    float finish() {
-        close_group();
-        float x[8];
-        store(x, add(add(total[0], total[1]), add(total[2], total[3])));
-        return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-    }
-};
-
 // Stages a block: its values into `staged`, zero-padded to whole rows of 32, their signs into `bits`, and returns the sum
 // of |v|, or of v * v. load_row(i, v) fills in a row of 32 values, load_value(i) gives one of what is left over.
 template <bool L2, class LoadRow, class LoadValue>
@@ -95,14 +72,17 @@ inline float stage_rows(int64_t count, float* staged, uint8_t* bits, const LoadR
     return sum.finish();
 }
 
-// v = gradient + error of a block, where either may be missing (null).
+// v = gradient + decay * error of a block, or one of the two alone, where the other is missing (null).
 template <bool L2, class G>
-inline float stage(const G* g, const float* e, int64_t count, float* staged, uint8_t* bits) {
+inline float stage(const G* g, const float* e, float decay, int64_t count, float* staged, uint8_t* bits) {
+    const F8 d = splat(decay);
     if (g && e)
         return stage_rows<L2>(
             count, staged, bits,
-            [&](int64_t i, F8* v) { for (int q = 0; q < 4; q++) v[q] = add(load(g + i + 8 * q), load(e + i + 8 * q)); },
-            [&](int64_t i) { return to_float(g[i]) + e[i]; });
+            [&](int64_t i, F8* v) {
+                for (int q = 0; q < 4; q++) v[q] = add(load(g + i + 8 * q), mul(d, load(e + i + 8 * q)));
+            },
+            [&](int64_t i) { return to_float(g[i]) + decay * e[i]; });
     if (g)
         return stage_rows<L2>(
             count, staged, bits, [&](int64_t i, F8* v) { for (int q = 0; q < 4; q++) v[q] = load(g + i + 8 * q); },
@@ -113,8 +93,8 @@ inline float stage(const G* g, const float* e, int64_t count, float* staged, uin
 }
 
 template <class G>
-inline float stage(bool l2, const G* g, const float* e, int64_t count, float* staged, uint8_t* bits) {
-    return l2 ? stage<true>(g, e, count, staged, bits) : stage<false>(g, e, count, staged, bits);
+inline float stage(bool l2, const G* g, const float* e, float decay, int64_t count, float* staged, uint8_t* bits) {
+    return l2 ? stage<true>(g, e, decay, count, staged, bits) : stage<false>(g, e, decay, count, staged, bits);
 }
 
 inline float scale_of(float sum, int64_t count, bool l2) {
@@ -145,7 +125,7 @@ inline void settle(float& scale, const float* staged, float* error, uint8_t* bit
 }
 
 template <class G>
-void encode_blocks(const OneBit& codec, const Layout& layout, const void* const* gradients, float* error,
+void encode_blocks(const OneBit& codec, const Layout& layout, const void* const* gradients, Memory memory,
                    uint8_t* chunks, int threads) {
     parallel(threads, [&](int t) {
         std::vector<float> staged(size_t(codec.block));
@@ -153,8 +133,8 @@ void encode_blocks(const OneBit& codec, const Layout& layout, const void* const*
             const int64_t shard = position / layout.shard_numel, inside = position - shard * layout.shard_numel;
             uint8_t *chunk = chunks + shard * codec.chunk_bytes, *bits = chunk + codec.bits_at + inside / 8;
             const G* g = gradients ? static_cast<const G*>(gradients[i]) + first : nullptr;
-            float* e = error ? error + position : nullptr;
-            float scale = scale_of(stage(codec.l2, g, e, count, staged.data(), bits), count, codec.l2);
+            float* e = memory.error ? memory.error + position : nullptr;
+            float scale = scale_of(stage(codec.l2, g, e, memory.decay, count, staged.data(), bits), count, codec.l2);
             settle(scale, staged.data(), e, bits, count, g ? g + count : nullptr);
             *scale_in(chunk, inside / codec.block) = scale;
         });
@@ -163,7 +143,7 @@ void encode_blocks(const OneBit& codec, const Layout& layout, const void* const*
 
 // Scales of whole parameters or shards: one pass for the sums, one for signs and errors.
 template <class G>
-void encode_regions(const OneBit& codec, const Layout& layout, const void* const* gradients, float* error,
+void encode_regions(const OneBit& codec, const Layout& layout, const void* const* gradients, Memory memory,
                     uint8_t* chunks, int threads) {
     struct Block { int64_t shard, slot, count; double sum; };
     std::vector<Block> blocks;
@@ -176,7 +156,7 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
     auto start = [&](int t) { return total * t / threads; };  // as for_blocks divides them
     auto stage_block = [&](int64_t i, int64_t first, int64_t count, int64_t position, float* staged, uint8_t* bits) {
         return stage(codec.l2, gradients ? static_cast<const G*>(gradients[i]) + first : nullptr,
-                     error ? error + position : nullptr, count, staged, bits);
+                     memory.error ? memory.error + position : nullptr, memory.decay, count, staged, bits);
     };
     parallel(threads, [&](int t) {
         std::vector<float> staged(size_t(codec.block));
@@ -208,7 +188,7 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
             uint8_t* bits = chunk + codec.bits_at + (position - at.shard * layout.shard_numel) / 8;
             float scale = *scale_in(chunk, at.slot);
             stage_block(i, first, count, position, staged.data(), bits);
-            settle(scale, staged.data(), error ? error + position : nullptr, bits, count, nullptr);
+            settle(scale, staged.data(), memory.error ? memory.error + position : nullptr, bits, count, nullptr);
         });
     });
     for (const Block& at : blocks) {  // every thread has read the scales: name the non-finite ones alike
@@ -217,13 +197,13 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
     }
 }
 
-void one_bit_encode(const OneBit& codec, const Layout& layout, Tensors gradients, float* error, uint8_t* chunks,
+void one_bit_encode(const OneBit& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
                     int threads) {
     const void* const* data = gradients.dtype == Dtype::none ? nullptr : gradients.data;
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
-        if (codec.granularity == Granularity::block) encode_blocks<G>(codec, layout, data, error, chunks, threads);
-        else encode_regions<G>(codec, layout, data, error, chunks, threads);
+        if (codec.granularity == Granularity::block) encode_blocks<G>(codec, layout, data, memory, chunks, threads);
+        else encode_regions<G>(codec, layout, data, memory, chunks, threads);
     });
 }
 
@@ -285,13 +265,6 @@ inline void expand(float scale, const uint8_t* bits, int64_t count, const Out& o
     if (i == count) return;
     negate_where(bits + i / 8, s, x);  // a block's signs are padded to whole rows
     for (int q = 0; i < count; i += 8, q++) out(i, x[q], int(std::min<int64_t>(8, count - i)));
-}
-
-template <class G> inline void put(G* to, F8 values, int valid) {
-    if (valid == 8) return store(to, values);
-    float v[8];
-    store(v, values);
-    for (int j = 0; j < valid; j++) from_float(v[j], to + j);
 }
 
 template <class G>

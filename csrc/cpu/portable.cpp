@@ -5,12 +5,17 @@
 #include <memory>
 #include <type_traits>
 
+#include "elements.inl"
 #include "one_bit.inl"
+#include "quantize.inl"
 #include "random.inl"
 #include "top_k.inl"
 
 const Kernels portable_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
-                                  top_k_encode,   top_k_decode,   top_k_accumulate, all_within,
+                                  top_k_encode,   top_k_decode,   top_k_accumulate,
+    quantize_encode, quantize_serve, quantize_decode, quantize_accumulate,
+    cast_encode, cast_decode, cast_accumulate, cast_is_within,
+    random_k_encode, random_k_decode, random_k_accumulate, all_within,
                                   uniforms_of_rows};
 
 const char* top_k_fault(const TopK& codec, const Layout& layout, const uint8_t* chunks) {
@@ -43,6 +48,15 @@ const char* top_k_fault(const TopK& codec, const Layout& layout, const uint8_t* 
             if (fault) return fault;
             advance(codec, numel, count, at);
         }
+    }
+    return nullptr;
+}
+
+const char* random_k_fault(const RandomK& codec, const Layout& layout, const uint8_t* chunks) {
+    for (int64_t shard = 0; shard < layout.shards; shard++) {
+        const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+        const uint32_t k = header_of(chunk).k;
+        if (k != codec.k && !(k == kAllNotFinite && std::isnan(sent_value(codec, chunk, 0)))) return "another k than the layout's";
     }
     return nullptr;
 }

@@ -58,6 +58,10 @@ inline void from_float(float x, Half* out) {
     }
     out->bits = uint16_t(sign | h);
 }
+// The magnitude or, where that is less, the limit, with the sign; not of NaN.
+inline float limited(float x, float limit) {
+    return float_of(std::min(magnitude(x), bits_of(limit)) | (bits_of(x) & kSignBit));
+}
 
 // ---- eight elements
 
@@ -110,6 +114,26 @@ inline uint32_t at_least(F8 a, uint32_t key) {
 inline F8 larger_magnitude(F8 magnitudes, F8 a) {
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(magnitudes), _mm256_castps_si256(abs(a))));
 }
+// lane by lane, the whole part of a value that is not negative, or the limit where that is less
+inline F8 truncated(F8 a, F8 limit) {
+    return _mm256_round_ps(_mm256_min_ps(a, limit), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+}
+// lane by lane, a where b is zero, else zero
+inline F8 where_zero(F8 a, F8 b) { return _mm256_and_ps(a, _mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ)); }
+inline F8 from_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// of whole numbers from 0 to 255
+inline void to_bytes(F8 a, uint8_t* p) {
+    const __m256i x = _mm256_cvttps_epi32(a);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+// lane by lane, the magnitude or, where that is less, the limit, with the sign; not of NaN
+inline F8 limited(F8 a, float limit) {
+    const __m256i m = _mm256_min_epi32(_mm256_castps_si256(abs(a)), _mm256_set1_epi32(int(bits_of(limit))));
+    return with_sign_of(_mm256_castsi256_ps(m), a);
+}
 // past the caches: for a large array that is written and not read soon; p must be 32-byte aligned
 inline void stream(float* p, F8 x) { _mm256_stream_ps(p, x); }
 inline void stream_end() { _mm_sfence(); }
@@ -146,10 +170,23 @@ inline uint32_t at_least(F8 a, uint32_t key) {
 inline F8 larger_magnitude(F8 magnitudes, F8 a) {
     return lanes([&](int j) { return float_of(std::max(bits_of(magnitudes.x[j]), magnitude(a.x[j]))); });
 }
+inline F8 truncated(F8 a, F8 limit) { return lanes([&](int j) { return float(int(std::min(a.x[j], limit.x[j]))); }); }
+inline F8 where_zero(F8 a, F8 b) { return lanes([&](int j) { return b.x[j] == 0.f ? a.x[j] : 0.f; }); }
+inline F8 from_bytes(const uint8_t* p) { return lanes([&](int j) { return float(p[j]); }); }
+inline void to_bytes(F8 a, uint8_t* p) { for (int j = 0; j < 8; j++) p[j] = uint8_t(a.x[j]); }
+inline F8 limited(F8 a, float limit) { return lanes([&](int j) { return limited(a.x[j], limit); }); }
 inline void stream(float* p, F8 x) { store(p, x); }
 inline void stream_end() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
+
+// The first few of eight values.
+template <class G> inline void put(G* to, F8 values, int valid) {
+    if (valid == 8) return store(to, values);
+    float v[8];
+    store(v, values);
+    for (int j = 0; j < valid; j++) from_float(v[j], to + j);
+}
 
 }  // namespace

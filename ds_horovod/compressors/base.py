@@ -84,6 +84,7 @@ class Compressor(ABC):
                 here = slice(start, start + piece.numel)
                 value = torch.zeros(piece.numel, device=chunks.device) if memory.error is None else memory.error[here].clone()
                 if gradients is not None:
+                    value *= memory.decay
                     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                     if memory.velocity is not None:
                         velocities.append(memory.velocity[here] * memory.momentum + gradient)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import Layout
 from ..memory import Memory
-from .formats import OneBitFormat, TopKFormat
+from .formats import CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
 
 try:
     from .. import _cpu
@@ -60,6 +60,21 @@ def _top_k(format: TopKFormat) -> _cpu.TopK:
     return _cpu.TopK(*format)
 
 
+@lru_cache(maxsize=1024)
+def _quantize(format: QuantizeFormat) -> _cpu.Quantize:
+    return _cpu.Quantize(*format[:-1])
+
+
+@lru_cache(maxsize=1024)
+def _cast(format: CastFormat) -> _cpu.Cast:
+    return _cpu.Cast(*format)
+
+
+@lru_cache(maxsize=1024)
+def _random_k(format: RandomKFormat) -> _cpu.RandomK:
+    return _cpu.RandomK(*format)
+
+
 def _threads(layout: Layout) -> int:
     return max(1, min(torch.get_num_threads(), layout.numel // _ELEMENTS_PER_THREAD))
 
@@ -88,8 +103,8 @@ def _flat(values: Tensor | None, numel: int) -> int:
     return values.data_ptr()
 
 
-def _memory(memory: Memory, numel: int) -> tuple[int, int, float]:
-    return _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum
+def _memory(memory: Memory, numel: int) -> tuple[int, int, float, float]:
+    return _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.decay
 
 
 def _bytes(payload: Tensor) -> tuple[int, int]:
@@ -102,7 +117,7 @@ def one_bit_encode(
     format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
     _cpu.one_bit_encode(
-        _one_bit(format), _layout(layout), *_tensors(layout, gradients), _flat(memory.error, layout.numel), *_bytes(chunks),
+        _one_bit(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
         _threads(layout),
     )  # fmt: skip
 
@@ -141,6 +156,74 @@ def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: 
 
 def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
     _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
+
+
+def _philox(seed: int, memory: Memory) -> _cpu.Philox:
+    return _cpu.Philox(seed, memory.step, memory.bucket, memory.sender)
+
+
+def quantize_encode(
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    _cpu.quantize_encode(
+        _quantize(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel),
+        _philox(format.seed, memory), *_bytes(chunks), _threads(layout),
+    )  # fmt: skip
+
+
+def quantize_serve(
+    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
+) -> None:
+    _cpu.quantize_serve(
+        _quantize(format), _layout(layout), *_bytes(pushed), weight, _flat(memory.error, layout.numel),
+        _philox(format.seed, memory), *_bytes(chunk), _threads(layout),
+    )  # fmt: skip
+
+
+def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _cpu.quantize_decode(_quantize(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+
+
+def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _cpu.quantize_accumulate(
+        _quantize(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
+    )
+
+
+def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    _cpu.cast_encode(
+        _cast(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
+        _threads(layout),
+    )  # fmt: skip
+
+
+def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _cpu.cast_decode(_cast(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+
+
+def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _cpu.cast_accumulate(_cast(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
+
+
+def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
+    return bool(_cpu.cast_is_within(_cast(format), *_bytes(chunks), limit))
+
+
+def random_k_encode(
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    _cpu.random_k_encode(
+        _random_k(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), memory.step,
+        memory.bucket, memory.first_shard, *_bytes(chunks), _threads(layout),
+    )  # fmt: skip
+
+
+def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _cpu.random_k_decode(_random_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+
+
+def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _cpu.random_k_accumulate(_random_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:

@@ -15,7 +15,10 @@ ENTRIES = 64
 """Top-k entries that share a magnitude, where only their signs travel."""
 
 ALL_NOT_FINITE = 0xFFFFFFFF
-"""As the first count of a chunk: the whole shard is NaN, and so is the first value, or magnitude."""
+"""As the first count of a chunk, or as its k: the whole shard is NaN, and so is the first value, or magnitude."""
+
+RANDOM_K_HEADER = 16
+"""Bytes before the values of a random-k chunk."""
 
 
 def align(nbytes: int) -> int:
@@ -36,6 +39,57 @@ class OneBitFormat(NamedTuple):
     """float32 scales in a chunk."""
     bits_at: int
     """Byte at which the signs begin."""
+    nbytes: int
+
+
+class QuantizeFormat(NamedTuple):
+    """For each block the width of a level as float32, then the blocks' codes: ``level + levels``, from 0 to 2 * levels.
+
+    A block's codes are whole bytes, in which m elements that lie far apart stand together, element ``i * m + j`` of the
+    block in byte j (lowest bits first), so that neighbours are packed alike:
+
+    * 8 bits: m is the block; 4 bits: a half; 2 bits: a quarter of it;
+    * 3 bits: m is an eighth; the 24 bits of 8 elements are bytes j, m + j and 2 * m + j;
+    * 0 bits: base 3, m is a fifth, rounded up; byte j is the sum of ``3**i * code``.
+
+    A block that is not finite has the width NaN and codes of zero.
+    """
+
+    block: int
+    bits: int
+    levels: int
+    """On either side of zero."""
+    stochastic: bool
+    l2: bool
+    codes_at: int
+    nbytes: int
+    seed: int
+
+    @property
+    def block_nbytes(self) -> int:
+        """Of a block's codes."""
+        return self.block * self.bits // 8 if self.bits else -(-self.block // 5)
+
+
+class CastFormat(NamedTuple):
+    """A 16-bit float for each element of the shard. What is not finite is NaN: 0x7e00 as fp16, 0x7fc0 as bf16."""
+
+    dtype: str
+    nbytes: int
+
+
+class RandomKFormat(NamedTuple):
+    """A header, from which the positions are drawn again: step, bucket, index of the shard and k, each uint32; then k values.
+
+    Stratum i of the shard's numel elements, padding included, begins at element ``i * numel // k``. Value i belongs to its
+    element ``word * length >> 32``, length being the stratum's, and `word` the i-th of all words of the counters (row, step,
+    bucket, shard), four for each row from 0 on, under the key ``seed ^ 0x72616e64 << 32`` (`reference.random_words`).
+    Values that fall into padding are zero.
+    """
+
+    k: int
+    values: str
+    seed: int
     nbytes: int
 
 

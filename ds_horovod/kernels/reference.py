@@ -7,13 +7,24 @@ Sums are taken in the fixed order that csrc/cpu/one_bit.inl states.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..layout import Layout, Piece
 from ..memory import Memory
-from .formats import ALL_NOT_FINITE, ENTRIES, RUN, OneBitFormat, TopKFormat
+from .formats import (
+    ALL_NOT_FINITE,
+    ENTRIES,
+    RANDOM_K_HEADER,
+    RUN,
+    CastFormat,
+    OneBitFormat,
+    QuantizeFormat,
+    RandomKFormat,
+    TopKFormat,
+)
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -29,7 +40,7 @@ def flush(x: Tensor) -> Tensor:
 def corrected(
     layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: Memory
 ) -> tuple[Tensor, Tensor | None]:
-    """v = error + velocity of a piece, float32, and the velocity, which is the gradient where there is no momentum.
+    """v = decay * error + velocity of a piece, float32, and the velocity, None and the gradient where there is no momentum.
 
     Gradients or the error may be missing. The memory is not changed.
     """
@@ -41,7 +52,9 @@ def corrected(
     velocity = of_piece(layout, shard, piece, memory.velocity)
     if velocity is not None:
         gradient = velocity = flush(flush(flush(velocity) * torch.tensor(memory.momentum)) + flush(gradient))
-    return (gradient.clone() if error is None else flush(flush(gradient) + flush(error))), velocity
+    if error is None:
+        return gradient.clone(), velocity
+    return flush(flush(gradient) + flush(torch.tensor(memory.decay) * flush(error))), velocity
 
 
 def of_piece(layout: Layout, shard: int, piece: Piece, flat: Tensor | None) -> Tensor | None:
@@ -253,6 +266,259 @@ def _one_bit_values(format: OneBitFormat, pieces: Sequence[Piece], chunk: Tensor
         values = torch.where(negative, -scale[:, None], scale[:, None])
         result.append(values.reshape(-1)[: piece.numel])
     return result
+
+
+# ---- levels
+
+
+def quantize_encode(
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    """payload = each element of v to a level of its block, error = v - Q[v], and zero velocity where it is not zero.
+
+    The arguments are those of `one_bit_encode`.
+    """
+    for shard, pieces in enumerate(layout.pieces):
+        for piece in pieces:
+            v, u = corrected(layout, shard, piece, gradients, memory)
+            blocks = flush(torch.nn.functional.pad(v, (0, -len(v) % format.block)).view(-1, format.block))
+            scale = ordered_sums(flush(blocks * blocks)).double().sqrt().float() if format.l2 else blocks.abs().amax(1)
+            finite = scale <= torch.finfo(torch.float32).max
+            step = flush(scale / format.levels)
+            start = shard * layout.shard_numel + piece.offset
+            draw = torch.tensor(0.5)
+            if format.stochastic:
+                draw = uniforms(format.seed, memory, start + torch.arange(blocks.numel())).view(blocks.shape)
+            inverse = (torch.full_like(scale, format.levels) / scale).clamp_max(torch.finfo(torch.float32).max)
+            level = (flush(blocks.abs() * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
+            level = torch.where(finite[:, None], level, 0.0).copysign(blocks)
+            first = piece.offset // format.block
+            chunk = chunks[shard]
+            chunk[4 * first : 4 * (first + len(blocks))].view(torch.float32).copy_(torch.where(finite, step, torch.nan))
+            codes = torch.where(finite[:, None], level + format.levels, 0.0).to(torch.uint8)
+            packed = _pack_codes(format, codes)
+            at = format.codes_at + first * format.block_nbytes
+            chunk[at : at + packed.numel()] = torch.where(finite[:, None], packed, 0).view(-1)
+            keep = finite[:, None].expand_as(blocks).reshape(-1)[: piece.numel]
+            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (memory.error, memory.velocity))
+            if error is not None:
+                residual = flush(blocks - flush(level * step[:, None])).view(-1)[: piece.numel]
+                error.copy_(torch.where(keep, residual, error))
+            if velocity is not None and u is not None:
+                masked = torch.where(level.view(-1)[: piece.numel] == 0, u, 0.0)
+                velocity.copy_(torch.where(keep, masked, velocity))
+
+
+def quantize_serve(
+    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
+) -> None:
+    """The server pass: v = error + weight * sum of the workers' values; chunk = Q[v]; error = v - Q[v]."""
+    total = torch.zeros(layout.shard_numel) if memory.error is None else memory.error.clone()
+    before = total.clone()
+    for worker in pushed:
+        quantize_accumulate(format, layout, worker, weight, total)
+    quantize_encode(format, layout, None, replace(memory, error=total), chunk.unsqueeze(0))
+    if memory.error is not None:
+        steps = chunk[: 4 * (layout.shard_numel // format.block)].view(torch.float32)
+        sent = steps.isfinite().repeat_interleave(format.block)
+        memory.error.copy_(torch.where(sent, total, before))
+
+
+def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    """gradients = the values that the chunks stand for."""
+    for shard, pieces in enumerate(layout.pieces):
+        for piece in pieces:
+            values = _quantized_values(format, piece, chunks[shard])
+            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = values
+
+
+def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
+    (pieces,) = layout.pieces
+    for piece in pieces:
+        here = total[piece.offset : piece.offset + piece.numel]
+        here.copy_(flush(flush(here) + _quantized_values(format, piece, chunk, weight)))
+
+
+def _quantized_values(format: QuantizeFormat, piece: Piece, chunk: Tensor, weight: float | None = None) -> Tensor:
+    first, blocks = piece.offset // format.block, -(-piece.numel // format.block)
+    step = flush(chunk[4 * first : 4 * (first + blocks)].view(torch.float32))
+    if weight is not None:
+        step = flush(step * torch.tensor(weight))
+    at = format.codes_at + first * format.block_nbytes
+    codes = _unpack_codes(format, chunk[at : at + blocks * format.block_nbytes].view(blocks, -1))
+    return flush((codes.float() - format.levels) * step[:, None]).reshape(-1)[: piece.numel]
+
+
+def _pack_codes(format: QuantizeFormat, codes: Tensor) -> Tensor:
+    """(blocks, block) codes to (blocks, block_nbytes) bytes."""
+    if format.bits == 0:
+        m = format.block_nbytes
+        digits = torch.nn.functional.pad(codes, (0, 5 * m - format.block), value=0).view(-1, 5, m).int()
+        return (digits * 3 ** torch.arange(5)[:, None]).sum(1).to(torch.uint8)
+    together = 8 if format.bits == 3 else 8 // format.bits
+    fields = codes.view(len(codes), together, -1).int()
+    word = (fields << format.bits * torch.arange(together)[:, None]).sum(1)
+    return torch.cat([word >> shift & 0xFF for shift in range(0, format.bits * together, 8)], 1).to(torch.uint8)
+
+
+def _unpack_codes(format: QuantizeFormat, packed: Tensor) -> Tensor:
+    packed = packed.int()
+    if format.bits == 0:
+        digits = packed[:, None] // 3 ** torch.arange(5)[:, None] % 3
+        return digits.reshape(len(packed), -1)[:, : format.block]
+    together = 8 if format.bits == 3 else 8 // format.bits
+    parts = packed.view(len(packed), format.bits * together // 8, -1)
+    word = (parts << 8 * torch.arange(parts.shape[1])[:, None]).sum(1)
+    fields = word[:, None] >> format.bits * torch.arange(together)[:, None] & (1 << format.bits) - 1
+    return fields.reshape(len(packed), -1)
+
+
+# ---- element by element
+
+
+def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    """payload = v to the nearest, error = v - Q[v], element by element. The velocity is kept.
+
+    The arguments are those of `one_bit_encode`.
+    """
+    nan = torch.tensor({"fp16": 0x7E00, "bf16": 0x7FC0}[format.dtype], dtype=torch.int16)
+    for shard, pieces in enumerate(layout.pieces):
+        values = _cast_view(format, chunks[shard])
+        largest = torch.finfo(values.dtype).max
+        for piece in pieces:
+            v, u = corrected(layout, shard, piece, gradients, memory)
+            finite = v.isfinite()
+            sent = torch.where(finite, v.clamp(-largest, largest).to(values.dtype), nan.view(values.dtype))
+            values[piece.offset : piece.offset + piece.numel] = sent
+            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (memory.error, memory.velocity))
+            if error is not None:
+                error.copy_(torch.where(finite, flush(flush(v) - flush(sent.float())), error))
+            if velocity is not None and u is not None:
+                velocity.copy_(torch.where(finite, u, velocity))
+
+
+def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    """gradients = the values that the chunks stand for."""
+    for pieces, chunk in zip(layout.pieces, chunks, strict=True):
+        values = _cast_view(format, chunk).float()
+        for piece in pieces:
+            own = values[piece.offset : piece.offset + piece.numel]
+            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = own
+
+
+def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
+    (pieces,) = layout.pieces
+    for piece in pieces:
+        here = slice(piece.offset, piece.offset + piece.numel)
+        values = flush(_cast_view(format, chunk)[here].float())
+        total[here] = flush(flush(total[here]) + flush(values * torch.tensor(weight)))
+
+
+def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
+    """Whether all values are at most `limit` in magnitude."""
+    return all(all_within(_cast_view(format, chunk).float(), limit) for chunk in chunks)
+
+
+def _cast_view(format: CastFormat, chunk: Tensor) -> Tensor:
+    return chunk.view(torch.float16 if format.dtype == "fp16" else torch.bfloat16)
+
+
+# ---- random-k
+
+_DRAWING = 0x72616E64 << 32
+
+
+def random_k_encode(
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    """payload = v at the positions that are drawn for each shard; error = v without them, and no velocity there.
+
+    Where v is not finite in a shard, nothing of it is sent but that. The arguments are those of `one_bit_encode`.
+    """
+    for shard, pieces in enumerate(layout.pieces):
+        v, u = torch.zeros(layout.shard_numel), torch.zeros(layout.shard_numel)
+        real = _real(layout, shard)
+        for piece in pieces:
+            here = slice(piece.offset, piece.offset + piece.numel)
+            v[here], velocity = corrected(layout, shard, piece, gradients, memory)
+            if velocity is not None:
+                u[here] = velocity
+        finite, rest = v.isfinite(), v.clone()
+        header = [memory.step, memory.bucket, memory.first_shard + shard, format.k]
+        values = _random_k_values(format, chunks[shard])
+        if finite.all():
+            where = _drawn(format, layout, header)
+            values.copy_(v[where] if format.values == "fp32" else v[where].clamp(-_LARGEST_HALF, _LARGEST_HALF))
+            entries = real[where]
+            rest[where[entries]] = flush(flush(v[where]) - flush(values.float()))[entries]
+            u[where[entries]] = 0.0
+        else:
+            header[3], values[0] = ALL_NOT_FINITE, torch.nan
+        chunks[shard, :RANDOM_K_HEADER].view(torch.int32).copy_(torch.tensor(header))
+        for kept, new in ((memory.error, rest), (memory.velocity, u)):
+            if kept is not None:
+                own = kept[shard * layout.shard_numel :][: layout.shard_numel]
+                own.copy_(torch.where(real & finite, new, own))
+
+
+def _real(layout: Layout, shard: int) -> Tensor:
+    """Which elements of a shard are no padding."""
+    real = torch.zeros(layout.shard_numel, dtype=torch.bool)
+    for piece in layout.pieces[shard]:
+        real[piece.offset : piece.offset + piece.numel] = True
+    return real
+
+
+def _drawn(format: RandomKFormat, layout: Layout, header: Sequence[int]) -> Tensor:
+    """The position that is drawn in each stratum of a shard."""
+    starts = torch.arange(format.k + 1) * layout.shard_numel // max(1, format.k)
+    rows = torch.arange(-(-format.k // 4))
+    counters = torch.stack([rows, *(torch.full_like(rows, x) for x in header[:3])], 1)
+    words = random_words(format.seed ^ _DRAWING, counters).view(-1)[: format.k]
+    return starts[:-1] + (words * starts.diff() >> 32)
+
+
+def _random_k_values(format: RandomKFormat, chunk: Tensor) -> Tensor:
+    return chunk[RANDOM_K_HEADER:].view(torch.float32 if format.values == "fp32" else torch.float16)[: format.k]
+
+
+def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    """gradients = the values that the chunks stand for, zero where nothing was sent.
+
+    Raises
+    ------
+    ValueError
+        A header that no encoder writes; then nothing is written.
+    """
+    dense = torch.zeros(layout.shards, layout.shard_numel)
+    for shard, chunk in enumerate(chunks):
+        where, values = _random_k_entries(format, layout, shard, chunk)
+        dense[shard, where] = values
+    for shard, pieces in enumerate(layout.pieces):
+        for piece in pieces:
+            own = dense[shard, piece.offset : piece.offset + piece.numel]
+            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = own
+
+
+def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    """total += weight * the values of one chunk; raises as `random_k_decode` does."""
+    where, values = _random_k_entries(format, layout, 0, chunk)
+    total[where] = flush(flush(total[where]) + flush(flush(values) * torch.tensor(weight)))
+
+
+def _random_k_entries(format: RandomKFormat, layout: Layout, shard: int, chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in the shard, padding left out, and values that arrive there."""
+    header = (chunk[:RANDOM_K_HEADER].view(torch.int32).long() & 0xFFFFFFFF).tolist()
+    values, real = _random_k_values(format, chunk).float(), _real(layout, shard)
+    if header[3] == ALL_NOT_FINITE and values[0].isnan():
+        where = real.nonzero().view(-1)
+        return where, torch.full((len(where),), torch.nan)
+    if header[3] != format.k:
+        raise ValueError("corrupted random-k payload: another k than the layout's")
+    where = _drawn(format, layout, header)
+    return where[real[where]], values[real[where]]
 
 
 # ---- top-k

@@ -1,0 +1,341 @@
+// Element by element: all of them as 16-bit floats, or a few at positions that all ranks draw alike. Included by each
+// translation unit of kernels.
+
+#include <vector>
+
+#include "parallel.h"
+#include "random.inl"
+#include "top_k.inl"
+#include "walk.h"
+
+namespace {
+
+// What v is made of, from some element on: gradient, decaying error and velocity; or the error alone.
+template <class G>
+struct Terms {
+    const G* g;
+    float *e, *u;
+    float momentum, decay;
+
+    F8 eight(int64_t i, F8& velocity) const {
+        F8 v = g ? load(g + i) : load(e + i);
+        if (u) v = velocity = add(mul(splat(momentum), load(u + i)), v);
+        return g && e ? add(v, mul(splat(decay), load(e + i))) : v;
+    }
+    float one(int64_t i, float& velocity) const {
+        float v = g ? to_float(g[i]) : e[i];
+        if (u) v = velocity = momentum * u[i] + v;
+        return g && e ? v + decay * e[i] : v;
+    }
+};
+
+template <class G>
+Terms<G> terms_at(Tensors gradients, const Memory& memory, int64_t tensor, int64_t first, int64_t position) {
+    return {gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[tensor]) + first,
+            memory.error ? memory.error + position : nullptr, memory.velocity ? memory.velocity + position : nullptr,
+            memory.momentum, memory.decay};
+}
+
+// eight(i, v, velocity) where eight values stand together and are finite, one(i, v, velocity) or not_finite(i) elsewhere.
+template <class G, class Eight, class One, class NotFinite>
+inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight, const One& one, const NotFinite& not_finite) {
+    auto singly = [&](int64_t from, int64_t to) {
+        for (; from < to; from++) {
+            float velocity = 0.f;
+            const float v = terms.one(from, velocity);
+            if (magnitude(v) > kMaxFinite) not_finite(from);
+            else one(from, v, velocity);
+        }
+    };
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        F8 velocity = splat(0);
+        const F8 v = terms.eight(i, velocity);
+        if (__builtin_expect(at_least(v, kMaxFinite + 1), 0)) singly(i, i + 8);
+        else eight(i, v, velocity);
+    }
+    singly(i, count);
+}
+
+// visit(shard, tensor, first, count, position) for part t of all elements, which never crosses a shard.
+template <class Visit>
+void for_part(const Layout& layout, int t, int threads, const Visit& visit) {
+    auto begin = [&](int part) { return layout.shards * layout.shard_numel / 32 * part / threads * 32; };
+    for (int64_t from = begin(t), to; from < begin(t + 1); from = to) {
+        const int64_t shard = from / layout.shard_numel;
+        to = std::min(begin(t + 1), (shard + 1) * layout.shard_numel);
+        for_range(layout, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
+            visit(shard, tensor, first, count, position);
+        });
+    }
+}
+
+// ---- all of them
+
+inline float largest_of(const Half*) { return 65504.f; }
+inline float largest_of(const BFloat16*) { return float_of(0x7f7f0000u); }
+
+// Where the value of a position is.
+template <class H> inline H* cast_at(const Cast& codec, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
+    return reinterpret_cast<H*>(chunks + shard * codec.chunk_bytes) + position - shard * layout.shard_numel;
+}
+template <class H>
+inline const H* cast_at(const Cast& codec, const Layout& layout, const uint8_t* chunks, int64_t shard, int64_t position) {
+    return reinterpret_cast<const H*>(chunks + shard * codec.chunk_bytes) + position - shard * layout.shard_numel;
+}
+
+// call(type), where type is a null pointer of the type that values travel as
+template <class Call> auto with_cast_type(const Cast& codec, const Call& call) {
+    return codec.dtype == Dtype::float16 ? call(static_cast<Half*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+}
+
+template <class H, class G> inline void cast_values(const Terms<G>& terms, int64_t count, H* out) {
+    const float largest = largest_of(out);
+    float *e = terms.e, *u = terms.u;
+    for_values(
+        terms, count,
+        [=](int64_t i, F8 v, F8 velocity) {
+            store(out + i, limited(v, largest));
+            if (e) store(e + i, sub(v, load(out + i)));
+            if (u) store(u + i, velocity);
+        },
+        [=](int64_t i, float v, float velocity) {
+            from_float(limited(v, largest), out + i);
+            if (e) e[i] = v - to_float(out[i]);
+            if (u) u[i] = velocity;
+        },
+        [=](int64_t i) { from_float(float_of(kNaN), out + i); });
+}
+
+void cast_encode(const Cast& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
+    with_element_type(gradients.dtype, [&](auto* gradient_type) {
+        with_cast_type(codec, [&](auto* type) {
+            using G = std::remove_pointer_t<decltype(gradient_type)>;
+            using H = std::remove_pointer_t<decltype(type)>;
+            parallel(threads, [&](int t) {
+                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
+                    cast_values(terms_at<G>(gradients, memory, tensor, first, position), count,
+                                cast_at<H>(codec, layout, chunks, shard, position));
+                });
+            });
+        });
+    });
+}
+
+template <class H, class G> inline void convert(const H* from, G* to, int64_t count, bool large) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<G, float>)
+        if (large && reinterpret_cast<uintptr_t>(to) % 32 == 0)
+            for (; i + 8 <= count; i += 8) stream(to + i, load(from + i));
+    for (; i + 8 <= count; i += 8) store(to + i, load(from + i));
+    for (; i < count; i++) from_float(to_float(from[i]), to + i);
+}
+
+void cast_decode(const Cast& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+    with_element_type(gradients.dtype, [&](auto* gradient_type) {
+        with_cast_type(codec, [&](auto* type) {
+            using G = std::remove_pointer_t<decltype(gradient_type)>;
+            using H = std::remove_pointer_t<decltype(type)>;
+            const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
+            parallel(threads, [&](int t) {
+                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
+                    convert(cast_at<H>(codec, layout, chunks, shard, position),
+                            static_cast<G*>(gradients.data[tensor]) + first, count, large);
+                });
+                stream_end();
+            });
+        });
+    });
+}
+
+void cast_accumulate(const Cast& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+    with_cast_type(codec, [&](auto* type) {
+        using H = std::remove_pointer_t<decltype(type)>;
+        parallel(threads, [&](int t) {
+            for_part(layout, t, threads, [&](int64_t, int64_t, int64_t, int64_t count, int64_t position) {
+                const H* from = cast_at<H>(codec, layout, chunk, 0, position);
+                float* to = sum + position;
+                const F8 w = splat(weight);
+                int64_t i = 0;
+                for (; i + 8 <= count; i += 8) store(to + i, add(load(to + i), mul(load(from + i), w)));
+                for (; i < count; i++) to[i] += to_float(from[i]) * weight;
+            });
+        });
+    });
+}
+
+bool cast_is_within(const Cast& codec, const uint8_t* chunks, int64_t bytes, float limit) {
+    return with_cast_type(codec, [&](auto* type) {
+        const auto* values = reinterpret_cast<const std::remove_pointer_t<decltype(type)>*>(chunks);
+        F8 largest = splat(0);
+        for (int64_t i = 0; i < bytes / 2; i += 8) largest = larger_magnitude(largest, load(values + i));  // whole sixteens
+        return !at_least(largest, bits_of(limit) + 1);
+    });
+}
+
+// ---- a few, at random
+
+constexpr uint32_t kDrawing = 0x72616e64u;  // sets the key apart from what rounds with the same seed
+
+inline RandomKHeader& header_of(uint8_t* chunk) { return *reinterpret_cast<RandomKHeader*>(chunk); }
+inline const RandomKHeader& header_of(const uint8_t* chunk) { return *reinterpret_cast<const RandomKHeader*>(chunk); }
+
+// One position in each of a shard's equal strata.
+class Draws {
+public:
+    Draws(const RandomK& codec, const Layout& layout, const RandomKHeader& header)
+        : k_(uint64_t(codec.k)), numel_(uint64_t(layout.shard_numel)),
+          random_{{uint32_t(codec.seed), uint32_t(codec.seed >> 32) ^ kDrawing}, {header.step, header.bucket, header.shard}} {}
+
+    int64_t begin(int64_t stratum) const { return int64_t(uint64_t(stratum) * numel_ / k_); }
+    int64_t position(int64_t stratum) {
+        if (stratum / 4 != row_) random_words(random_, uint32_t(row_ = stratum / 4), words_);
+        const int64_t from = begin(stratum), length = begin(stratum + 1) - from;
+        return from + int64_t(uint64_t(words_[stratum % 4]) * uint64_t(length) >> 32);
+    }
+
+private:
+    const uint64_t k_, numel_;
+    const Philox random_;
+    int64_t row_ = -1;
+    uint32_t words_[4];
+};
+
+// visit(stratum, tensor, element, position) for what strata from .. to of a shard draw, unless it is padding.
+template <class Visit>
+void for_drawn(const RandomK& codec, const Layout& layout, const RandomKHeader& header, int64_t shard, int64_t from, int64_t to,
+               const Visit& visit) {
+    Draws draws(codec, layout, header);
+    const int64_t base = shard * layout.shard_numel;
+    int64_t tensor = std::upper_bound(layout.offset, layout.offset + layout.tensors, base + draws.begin(from)) - layout.offset;
+    tensor = std::max<int64_t>(tensor - 1, 0);
+    for (int64_t i = from; i < to; i++) {
+        const int64_t position = base + draws.position(i);
+        while (tensor < layout.tensors && position >= layout.offset[tensor] + layout.numel[tensor]) tensor++;
+        if (tensor < layout.tensors && position >= layout.offset[tensor])
+            visit(i, tensor, position - layout.offset[tensor], position);
+    }
+}
+
+inline float sent_value(const RandomK& codec, const uint8_t* chunk, int64_t i) {
+    const uint8_t* values = chunk + sizeof(RandomKHeader);
+    return codec.half ? to_float(reinterpret_cast<const Half*>(values)[i]) : reinterpret_cast<const float*>(values)[i];
+}
+// Returns what arrives.
+inline float send_value(const RandomK& codec, uint8_t* chunk, int64_t i, float v) {
+    uint8_t* values = chunk + sizeof(RandomKHeader);
+    if (codec.half) reinterpret_cast<Half*>(values)[i] = half_of(v);
+    else reinterpret_cast<float*>(values)[i] = v;
+    return sent_value(codec, chunk, i);
+}
+
+// A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes.
+template <class G>
+void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, RandomKHeader first_header,
+          uint8_t* chunks, int threads) {
+    std::vector<uint8_t> spoiled(size_t(threads * layout.shards));
+    parallel(threads, [&](int t) {
+        for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
+            const auto terms = terms_at<G>(gradients, memory, tensor, first, position);
+            float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // the error alone is there already
+            uint8_t* here = &spoiled[size_t(t * layout.shards + shard)];
+            for_values(
+                terms, count,
+                [=](int64_t i, F8 v, F8 velocity) {
+                    if (e) store(e + i, v);
+                    if (u) store(u + i, velocity);
+                },
+                [=](int64_t i, float v, float velocity) {
+                    if (e) e[i] = v;
+                    if (u) u[i] = velocity;
+                },
+                [=](int64_t) { *here = 1; });
+        });
+    });
+    parallel(threads, [&](int t) {
+        for (int64_t shard = 0; shard < layout.shards; shard++) {
+            uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            RandomKHeader header = first_header;
+            header.shard += uint32_t(shard);
+            bool finite = true;
+            for (int other = 0; other < threads; other++) finite = finite && !spoiled[size_t(other * layout.shards + shard)];
+            if (t == 0) {
+                header_of(chunk) = header;
+                if (!finite) {
+                    header_of(chunk).k = kAllNotFinite;
+                    send_value(codec, chunk, 0, float_of(kNaN));
+                }
+            }
+            if (!finite) continue;
+            for_drawn(codec, layout, header, shard, codec.k * t / threads, codec.k * (t + 1) / threads,
+                      [&](int64_t i, int64_t tensor, int64_t element, int64_t position) {
+                          const auto terms = terms_at<G>(gradients, memory, tensor, element, position);
+                          const float v = terms.e ? *terms.e : to_float(*terms.g);
+                          const float arrives = send_value(codec, chunk, i, v);
+                          if (terms.e) *terms.e = v - arrives;
+                          if (terms.u) *terms.u = 0.f;
+                      });
+        }
+    });
+}
+
+void random_k_encode(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, RandomKHeader first,
+                     uint8_t* chunks, int threads) {
+    with_element_type(gradients.dtype, [&](auto* type) {
+        draw<std::remove_pointer_t<decltype(type)>>(codec, layout, gradients, memory, first, chunks, threads);
+    });
+}
+
+template <class G>
+void scatter_drawn(const RandomK& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
+    const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
+    parallel(threads, [&](int t) {
+        std::vector<G> tile(size_t(kTile), G{});  // zeros, but for what is drawn
+        for (int64_t shard = 0; shard < layout.shards; shard++) {
+            const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            const bool finite = header_of(chunk).k != kAllNotFinite;
+            Draws draws(codec, layout, header_of(chunk));
+            int64_t i = codec.k * t / threads;
+            const int64_t last = codec.k * (t + 1) / threads, base = shard * layout.shard_numel;
+            auto next = [&] { return i < last && finite ? base + draws.position(i) : INT64_MAX; };
+            int64_t drawn = next();
+            for_range(layout, base + draws.begin(i), base + draws.begin(last),
+                      [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
+                          G* to = static_cast<G*>(gradients[tensor]) + first;
+                          if (!finite) {
+                              for (int64_t j = 0; j < count; j++) from_float(float_of(kNaN), to + j);
+                              return;
+                          }
+                          for (; drawn < position; i++, drawn = next()) {}  // padding
+                          for (int64_t done = 0; done < count; done += kTile) {
+                              const int64_t size = std::min(kTile, count - done), begin = position + done;
+                              bool any = false;
+                              for (; drawn < begin + size; i++, drawn = next(), any = true)
+                                  from_float(sent_value(codec, chunk, i), &tile[size_t(drawn - begin)]);
+                              copy_out(to + done, tile.data(), size, large);
+                              if (any) std::fill(tile.begin(), tile.begin() + size, G{});
+                          }
+                      });
+        }
+        stream_end();
+    });
+}
+
+void random_k_decode(const RandomK& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+    with_element_type(gradients.dtype, [&](auto* type) {
+        scatter_drawn<std::remove_pointer_t<decltype(type)>>(codec, layout, chunks, gradients.data, threads);
+    });
+}
+
+void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum) {
+    FlushDenormals flush;
+    if (header_of(chunk).k == kAllNotFinite)
+        return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            std::fill(sum + position, sum + position + count, float_of(kNaN));
+        });
+    for_drawn(codec, layout, header_of(chunk), 0, 0, codec.k, [&](int64_t i, int64_t, int64_t, int64_t position) {
+        sum[position] += sent_value(codec, chunk, i) * weight;
+    });
+}
+
+}  // namespace

@@ -1,0 +1,290 @@
+// A few levels an element, evenly spaced up to a scale of its block. Included by each translation unit of kernels.
+//
+// code = trunc(|v| * levels / scale + r), where r is 0.5, to the nearest, or random in [0, 1), which makes it right on
+// average; v arrives as code * (scale / levels), with its sign.
+
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "random.inl"
+#include "sums.h"
+#include "walk.h"
+
+namespace {
+
+constexpr int64_t kDigits = 5;  // of base 3 in a byte
+
+// A byte's elements lie far apart, so that neighbouring bytes take neighbouring elements: compilers make vectors of that.
+inline void pack_codes(const Quantize& codec, const uint8_t* c, uint8_t* out) {
+    switch (codec.bits) {
+        case 0: {
+            const int64_t m = ceil_div(codec.block, kDigits);
+            for (int64_t j = 0; j < m; j++)
+                out[j] = uint8_t(c[j] + 3 * (c[m + j] + 3 * (c[2 * m + j] + 3 * (c[3 * m + j] + 3 * c[4 * m + j]))));
+            break;
+        }
+        case 2: {
+            const int64_t m = codec.block / 4;
+            for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 2 | c[2 * m + j] << 4 | c[3 * m + j] << 6);
+            break;
+        }
+        case 3: {
+            const int64_t m = codec.block / 8;
+            for (int64_t j = 0; j < m; j++) {
+                out[j] = uint8_t(c[j] | c[m + j] << 3 | c[2 * m + j] << 6);
+                out[m + j] = uint8_t(c[2 * m + j] >> 2 | c[3 * m + j] << 1 | c[4 * m + j] << 4 | c[5 * m + j] << 7);
+                out[2 * m + j] = uint8_t(c[5 * m + j] >> 1 | c[6 * m + j] << 2 | c[7 * m + j] << 5);
+            }
+            break;
+        }
+        case 4: {
+            const int64_t m = codec.block / 2;
+            for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 4);
+            break;
+        }
+        default: std::memcpy(out, c, size_t(codec.block));
+    }
+}
+
+inline void unpack_codes(const Quantize& codec, const uint8_t* in, uint8_t* c) {
+    switch (codec.bits) {
+        case 0: {
+            const int64_t m = ceil_div(codec.block, kDigits);
+            for (int64_t j = 0; j < m; j++) {
+                const unsigned x = in[j];
+                c[j] = uint8_t(x % 3);
+                c[m + j] = uint8_t(x / 3 % 3);
+                c[2 * m + j] = uint8_t(x / 9 % 3);
+                c[3 * m + j] = uint8_t(x / 27 % 3);
+                c[4 * m + j] = uint8_t(x / 81 % 3);
+            }
+            break;
+        }
+        case 2: {
+            const int64_t m = codec.block / 4;
+            for (int64_t i = 0; i < 4; i++)
+                for (int64_t j = 0; j < m; j++) c[i * m + j] = in[j] >> (2 * i) & 3;
+            break;
+        }
+        case 3: {
+            const int64_t m = codec.block / 8;
+            for (int64_t j = 0; j < m; j++) {
+                const unsigned x = in[j], y = in[m + j], z = in[2 * m + j];
+                c[j] = x & 7;
+                c[m + j] = x >> 3 & 7;
+                c[2 * m + j] = uint8_t(x >> 6 | (y & 1) << 2);
+                c[3 * m + j] = y >> 1 & 7;
+                c[4 * m + j] = y >> 4 & 7;
+                c[5 * m + j] = uint8_t(y >> 7 | (z & 3) << 1);
+                c[6 * m + j] = z >> 2 & 7;
+                c[7 * m + j] = uint8_t(z >> 5);
+            }
+            break;
+        }
+        case 4: {
+            const int64_t m = codec.block / 2;
+            for (int64_t j = 0; j < m; j++) {
+                c[j] = in[j] & 15;
+                c[m + j] = in[j] >> 4;
+            }
+            break;
+        }
+        default: std::memcpy(c, in, size_t(codec.block));
+    }
+}
+
+// One block in the first-level cache. Beyond its elements everything is zero.
+struct QuantizedBlock {
+    explicit QuantizedBlock(const Quantize& codec)
+        : codec(codec), values(size_t(codec.block)), velocities(size_t(codec.block)),
+          codes(size_t(codec.block + 2 * kDigits)) {}
+
+    const Quantize& codec;
+    std::vector<float> values, velocities;
+    std::vector<uint8_t> codes;
+
+    // v = gradient + decay * error, with momentum * velocity; or the error alone.
+    template <class G> void stage(const G* g, const Memory& kept, int64_t count) {
+        const float *e = kept.error, *u = kept.velocity, momentum = kept.momentum, decay = kept.decay;
+        float *v = values.data(), *w = velocities.data();
+        const F8 m = splat(momentum), d = splat(decay);
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) {
+            F8 x = g ? load(g + i) : load(e + i);
+            if (u) store(w + i, x = add(mul(m, load(u + i)), x));
+            if (g && e) x = add(x, mul(d, load(e + i)));
+            store(v + i, x);
+        }
+        for (; i < count; i++) {
+            float x = g ? to_float(g[i]) : e[i];
+            if (u) w[i] = x = momentum * u[i] + x;
+            if (g && e) x = x + decay * e[i];
+            v[i] = x;
+        }
+        std::fill(v + count, v + codec.block, 0.f);
+    }
+
+    // Adds what a worker has sent.
+    void add_codes(const uint8_t* from, float step, int64_t count) {
+        unpack_codes(codec, from, codes.data());
+        const F8 s = splat(step), levels = splat(float(codec.levels));
+        const int64_t padded = ceil_div(count, 8) * 8;
+        for (int64_t i = 0; i < padded; i += 8)
+            store(&values[size_t(i)], add(load(&values[size_t(i)]), mul(sub(from_bytes(&codes[size_t(i)]), levels), s)));
+        std::fill(values.begin() + count, values.begin() + padded, 0.f);
+    }
+
+    float scale() const {
+        const float* v = values.data();
+        if (codec.l2) {
+            RowSum sum;
+            for (int64_t i = 0; i < codec.block;) {
+                for (const int64_t end = std::min(i + kGroup, codec.block); i < end; i += kRow)
+                    for (int q = 0; q < 4; q++) sum.group[q] = add(sum.group[q], mul(load(v + i + 8 * q), load(v + i + 8 * q)));
+                if (i % kGroup == 0) sum.close_group();
+            }
+            return std::sqrt(sum.finish());
+        }
+        F8 largest[2] = {splat(0), splat(0)};
+        for (int64_t i = 0; i < codec.block; i += 16)
+            for (int q = 0; q < 2; q++) largest[q] = larger_magnitude(largest[q], load(v + i + 8 * q));
+        float lanes[8];
+        store(lanes, larger_magnitude(largest[0], largest[1]));
+        uint32_t most = 0;
+        for (float lane : lanes) most = std::max(most, magnitude(lane));
+        return float_of(most);
+    }
+
+    // Writes the block's payload, and error and velocity where there are any; `position` is what random numbers go by.
+    void settle(int64_t count, int64_t position, const Philox& random, const Memory& kept, float* step, uint8_t* out) {
+        float *error = kept.error, *velocity = kept.velocity;
+        const float s = scale(), levels = float(codec.levels);
+        if (!(s <= float_of(kMaxFinite))) {
+            *step = float_of(kNaN);
+            return;
+        }
+        *step = s / levels;
+        const float inverse = std::min(levels / s, float_of(kMaxFinite));
+        const F8 by = splat(inverse), width = splat(*step), most = splat(levels);
+        F8 r[8];
+        for (F8& half : r) half = splat(0.5f);
+        for (int64_t i = 0; i < codec.block; i += 8) {
+            if (codec.stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
+            const F8 v = load(&values[size_t(i)]), level = truncated(add(mul(abs(v), by), r[i / 8 % 8]), most);
+            const F8 signed_level = with_sign_of(level, v), sent = mul(signed_level, width);
+            to_bytes(add(signed_level, most), &codes[size_t(i)]);
+            if (error && i + 8 <= count) {
+                store(error + i, sub(v, sent));
+                if (velocity) store(velocity + i, where_zero(load(&velocities[size_t(i)]), level));
+            } else if (error && i < count) {
+                float rest[8], levels_here[8];
+                store(rest, sub(v, sent));
+                store(levels_here, level);
+                for (int64_t j = i; j < count; j++) {
+                    error[j] = rest[j - i];
+                    if (velocity) velocity[j] = levels_here[j - i] == 0.f ? velocities[size_t(j)] : 0.f;
+                }
+            }
+        }
+        pack_codes(codec, codes.data(), out);
+    }
+};
+
+struct CodesOfBlock { float step; const uint8_t* codes; };
+inline float* step_in(uint8_t* chunk, int64_t block) { return reinterpret_cast<float*>(chunk) + block; }
+inline CodesOfBlock codes_in(const Quantize& codec, const uint8_t* chunk, int64_t block) {
+    return {reinterpret_cast<const float*>(chunk)[block], chunk + codec.codes_at + block * codec.block_bytes()};
+}
+
+void quantize_encode(const Quantize& codec, const Layout& layout, Tensors gradients, Memory memory, const Philox& random,
+                     uint8_t* chunks, int threads) {
+    with_element_type(gradients.dtype, [&](auto* type) {
+        using G = std::remove_pointer_t<decltype(type)>;
+        parallel(threads, [&](int t) {
+            QuantizedBlock block(codec);
+            for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+                const int64_t shard = position / layout.shard_numel, at = (position - shard * layout.shard_numel) / codec.block;
+                uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+                const G* g = gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[i]) + first;
+                const Memory kept = memory.from(position);
+                block.stage(g, kept, count);
+                block.settle(count, position, random, kept, step_in(chunk, at), chunk + codec.codes_at + at * codec.block_bytes());
+            });
+        });
+    });
+}
+
+void quantize_serve(const Quantize& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
+                    float* error, const Philox& random, uint8_t* chunk, int threads) {
+    parallel(threads, [&](int t) {
+        QuantizedBlock block(codec);
+        std::vector<float> zeros(size_t(codec.block));
+        for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            const int64_t at = position / codec.block;
+            const Memory kept = {error ? error + position : nullptr, nullptr, 0.f, 1.f};
+            block.stage<float>(nullptr, error ? kept : Memory{zeros.data(), nullptr, 0.f, 1.f}, count);
+            for (int64_t w = 0; w < workers; w++) {
+                const CodesOfBlock from = codes_in(codec, pushed + w * codec.chunk_bytes, at);
+                block.add_codes(from.codes, from.step * weight, count);
+            }
+            block.settle(count, position, random, kept, step_in(chunk, at), chunk + codec.codes_at + at * codec.block_bytes());
+        });
+    });
+}
+
+void quantize_decode(const Quantize& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+    with_element_type(gradients.dtype, [&](auto* type) {
+        using G = std::remove_pointer_t<decltype(type)>;
+        const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
+        parallel(threads, [&](int t) {
+            std::vector<uint8_t> codes(size_t(codec.block + 2 * kDigits));
+            const F8 levels = splat(float(codec.levels));
+            for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+                const int64_t shard = position / layout.shard_numel;
+                const CodesOfBlock from =
+                    codes_in(codec, chunks + shard * codec.chunk_bytes, (position - shard * layout.shard_numel) / codec.block);
+                unpack_codes(codec, from.codes, codes.data());
+                G* to = static_cast<G*>(gradients.data[i]) + first;
+                const F8 step = splat(from.step);
+                const bool past_caches = large && reinterpret_cast<uintptr_t>(to) % 32 == 0;
+                for (int64_t j = 0; j < count; j += 8) {
+                    const F8 values = mul(sub(from_bytes(&codes[size_t(j)]), levels), step);
+                    if constexpr (std::is_same_v<G, float>) {
+                        if (past_caches && j + 8 <= count) {
+                            stream(to + j, values);
+                            continue;
+                        }
+                    }
+                    put(to + j, values, int(std::min<int64_t>(8, count - j)));
+                }
+            });
+            stream_end();
+        });
+    });
+}
+
+void quantize_accumulate(const Quantize& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+    parallel(threads, [&](int t) {
+        std::vector<uint8_t> codes(size_t(codec.block + 2 * kDigits));
+        const F8 levels = splat(float(codec.levels));
+        for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            const CodesOfBlock from = codes_in(codec, chunk, position / codec.block);
+            unpack_codes(codec, from.codes, codes.data());
+            const F8 step = splat(from.step * weight);
+            for (int64_t j = 0; j < count; j += 8) {
+                const F8 values = mul(sub(from_bytes(&codes[size_t(j)]), levels), step);
+                float* to = sum + position + j;
+                if (j + 8 <= count) {
+                    store(to, add(load(to), values));
+                    continue;
+                }
+                float v[8];
+                store(v, values);
+                for (int64_t k = j; k < count; k++) sum[position + k] += v[k - j];
+            }
+        });
+    });
+}
+
+}  // namespace

@@ -1,0 +1,140 @@
+"""A few levels an element, evenly spaced up to a scale of its block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.formats import QuantizeFormat, align
+from ..layout import Layout
+from ..memory import Memory
+from .base import LARGEST, Compressor, FusedCompressor
+
+_BITS = (2, 3, 4, 8)
+_ROUNDINGS = ("nearest", "stochastic")
+_SCALES = ("absmax", "l2")
+_TERNARY_BITS = 0  # base 3
+
+
+@dataclass(frozen=True)
+class _Levels(FusedCompressor):
+    """What `Quantize` and `Ternary` share."""
+
+    def _check(self, block: object, rounding: str, scale: str, seed: object) -> None:
+        name = type(self).__name__
+        if not isinstance(block, int) or block <= 0 or block % 32:
+            raise ValueError(f"{name}: block must be a positive multiple of 32, got {block!r}")
+        if rounding not in _ROUNDINGS:
+            raise ValueError(f"{name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
+        if scale not in _SCALES:
+            raise ValueError(f"{name}: scale must be one of {', '.join(_SCALES)}, got {scale!r}")
+        if scale == "l2" and rounding != "stochastic":
+            raise ValueError(f'{name}: scale="l2" needs rounding="stochastic": nearly all would be nearest to zero')
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"{name}: seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+
+    def chunk_nbytes(self, layout: Layout) -> int:
+        return _format(self, layout).nbytes
+
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+        kernels.for_device(chunks.device).quantize_encode(_format(self, layout), layout, gradients, memory, chunks)
+
+    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        kernels.for_device(chunks.device).quantize_decode(_format(self, layout), layout, chunks, gradients)
+
+    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+        kernels.for_device(chunk.device).quantize_accumulate(_format(self, layout), layout, chunk, weight, total)
+
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
+        format = _format(self, layout)
+        steps = chunks[:, : 4 * (layout.shard_numel // format.block)].contiguous().view(-1).view(torch.float32)
+        return bool(kernels.for_device(chunks.device).all_within(steps, limit if limit == LARGEST else limit / format.levels))
+
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor
+    ) -> None:
+        if pusher != self:
+            return super().serve(layout, pushed, pusher, weight, memory, chunk)
+        kernels.for_device(chunk.device).quantize_serve(_format(self, layout), layout, pushed, weight, memory, chunk)
+
+
+@dataclass(frozen=True)
+class Quantize(_Levels):
+    """Q[v] = the nearest of 2**bits - 1 levels from -scale to scale, zero among them.
+
+    A block whose scale is not finite becomes NaN on every rank.
+
+    Parameters
+    ----------
+    bits
+        2, 3, 4 or 8, of each element.
+    block
+        Elements that share a scale, a positive multiple of 32: 32 / block more bits an element.
+    rounding
+        "nearest", or "stochastic": up or down at random, so that it is right on average (QSGD, Alistarh et al. 2017,
+        arXiv 1610.02132). Every rank and server rounds by random numbers of its own.
+    scale
+        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD; with "stochastic" only.
+    seed
+        Of the random numbers: the same seed and gradients give the same payloads.
+
+    Raises
+    ------
+    ValueError
+        An option out of range.
+    """
+
+    bits: int = 4
+    block: int = 256
+    rounding: str = "nearest"
+    scale: str = "absmax"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in _BITS:
+            raise ValueError(f"Quantize: bits must be one of {', '.join(map(str, _BITS))}, got {self.bits!r}")
+        self._check(self.block, self.rounding, self.scale, self.seed)
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        """With 2 bits, half of the range is zero; with more, nearly everything is sent."""
+        return self.bits == 2
+
+
+@dataclass(frozen=True)
+class Ternary(_Levels):
+    """Q[v] = -scale, 0 or scale, whichever is nearest: five elements in a byte, 1.6 bits each.
+
+    The values of ``Quantize(bits=2)``. The parameters are those of `Quantize`, where they are explained; a block is packed
+    into whole bytes.
+
+    Raises
+    ------
+    ValueError
+        An option out of range.
+    """
+
+    block: int = 256
+    rounding: str = "nearest"
+    scale: str = "absmax"
+    seed: int = 0
+    sparse = True
+
+    def __post_init__(self) -> None:
+        self._check(self.block, self.rounding, self.scale, self.seed)
+
+
+@lru_cache(maxsize=1024)
+def _format(codec: Quantize | Ternary, layout: Layout) -> QuantizeFormat:
+    bits = codec.bits if isinstance(codec, Quantize) else _TERNARY_BITS
+    blocks = layout.shard_numel // codec.block
+    codes_at = align(4 * blocks)
+    levels = 2 ** (bits - 1) - 1 if bits else 1
+    stochastic, l2 = codec.rounding == "stochastic", codec.scale == "l2"
+    format = QuantizeFormat(codec.block, bits, levels, stochastic, l2, codes_at, 0, codec.seed)
+    return format._replace(nbytes=align(codes_at + blocks * format.block_nbytes))

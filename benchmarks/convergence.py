@@ -84,9 +84,7 @@ RECIPES: dict[str, Recipe] = {
     "topk-1%": _squeeze(TopK(0.01)),
     "topk-1%-uncompensated": _squeeze(TopK(0.01), worker_error=False, server_error=False),
     "mem-sgd": _squeeze(TopK(0.01), server_compressor=NoCompression()),
-    "qsgd": _squeeze(
-        Quantize(bits=4, block=256, rounding="stochastic", scale="l2"), worker_error=False, server_error=False
-    ),
+    "qsgd": _squeeze(Quantize(bits=4, block=256, rounding="stochastic", scale="l2"), worker_error=False, server_error=False),
     "ternary": _squeeze(Ternary()),
     "ternary-momentum": _squeeze(Ternary(), momentum=True),
     "quantize-3": _squeeze(Quantize(bits=3)),
@@ -182,9 +180,7 @@ class InProcess:
         self._buffers = [buffers, *({name: b.clone() for name, b in buffers.items()} for _ in range(1, workers))]
         self._exchange = None
         if recipe.squeeze and workers > 1:
-            self._exchange = Workers(
-                functools.partial(recipe.make_squeeze, task), list(self.model.named_parameters()), workers
-            )
+            self._exchange = Workers(functools.partial(recipe.make_squeeze, task), list(self.model.named_parameters()), workers)
         self._steps = 0
 
     def step(self, step: int) -> list[float]:
@@ -259,9 +255,7 @@ class Rank:
         return [_stats_of(steps * uncompressed, self._steps * vectors * uncompressed)]
 
 
-def _ddp(
-    model: nn.Module, rank: int, max_norm: float | None, seed: int
-) -> tuple[nn.Module, powerSGD_hook.PowerSGDState]:
+def _ddp(model: nn.Module, rank: int, max_norm: float | None, seed: int) -> tuple[nn.Module, powerSGD_hook.PowerSGDState]:
     """A model whose gradients are averaged by PowerSGD, and the state of that."""
     methods._join_torch()
     everything = 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20  # see methods.py

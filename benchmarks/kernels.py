@@ -7,8 +7,9 @@ Time. The least a worker pass could do is to read the gradient and to read and w
 * decode: `decode`, from a reply to fp32 gradients.
 * server pass: `serve`, of 4 workers' chunks into the error of one shard, a quarter of the elements, and the reply. One
   worker's 4 chunks stand for 4 workers' chunks of a shard.
-* bytes an element: what the pass cannot avoid to read and write, by formula. A bit costs 1/8, a top-k entry 6 bytes. For the
-  server pass, it is an element of the shard.
+* worker pass, momentum: the same with a velocity, which is read and written too: 20 bytes an element.
+* bytes an element: what the pass cannot avoid to read and write: the arrays, and the payload, by its size. For the server
+  pass, it is an element of the shard.
 * ratio: (time / bytes) / (time / bytes of the floor in the same round), and of that the median over the rounds. The table's
   ms is the median time. In each round every pass runs once, one after the other, each from the same gradient and error.
 * naive: what one writes without fused kernels, a few rounds of it: numpy.packbits with one scale, or torch.topk, a gather,
@@ -46,16 +47,28 @@ from common import new_file, positive, table, write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from ds_horovod.compressors import Compressor, OneBit, TopK
+from ds_horovod.compressors import Cast, Compressor, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
 from ds_horovod.memory import Memory
 
 WORKERS = 4
-CODECS = {"OneBit": OneBit(block=2048), "TopK 0.1 %": TopK(0.001), "TopK 1 %": TopK(0.01)}
-ENTRY_BYTES = {"OneBit": 1 / 8, "TopK 0.1 %": 6 * 0.001, "TopK 1 %": 6 * 0.01}
-"""Bytes of payload for each element."""
+MOMENTUM = 0.9
+CODECS: dict[str, Compressor] = {
+    "OneBit": OneBit(block=2048),
+    "TopK 0.1 %": TopK(0.001),
+    "TopK 1 %": TopK(0.01),
+    "TopK 4.5 % signs": TopK(0.045, values="sign"),
+    "Ternary": Ternary(),
+    "Quantize 3": Quantize(3),
+    "Quantize 4": Quantize(4),
+    "Quantize 8": Quantize(8),
+    "Quantize 4 stochastic": Quantize(4, rounding="stochastic"),
+    "RandomK 1 %": RandomK(0.01),
+    "Cast bf16": Cast("bf16"),
+}
+WITH_MOMENTUM = ("TopK 1 %", "TopK 4.5 % signs", "Ternary")
 BOUNDS = {
     25_000_000: {
         "OneBit worker": 1.3,
@@ -92,9 +105,12 @@ class Arrays:
         self.padded = max(pack([elements], codec.block, WORKERS).numel for codec in CODECS.values())
         self.before = torch.randn(self.padded)
         self.error = self.before.clone()
+        self.velocity_before = torch.randn(self.padded)
+        self.velocity = self.velocity_before.clone()
         self.out = torch.zeros(elements)
         # A sum of a few terms, none larger than the largest gradient and error together, is off by a few of its last bits.
-        self.tolerance = 4 * torch.finfo().eps * float(self.gradient.abs().max() + self.before.abs().max())
+        largest = self.gradient.abs().max() + self.before.abs().max() + self.velocity.abs().max()
+        self.tolerance = 4 * torch.finfo().eps * float(largest)
 
 
 @dataclass
@@ -141,18 +157,35 @@ def fused(name: str, codec: Compressor, arrays: Arrays) -> list[Pass]:
     def worker() -> None:
         codec.encode(layout, [gradient], Memory(error), payload)
 
+    velocity = arrays.velocity[: layout.numel]
+
+    def worker_with_momentum() -> None:
+        codec.encode(layout, [gradient], Memory(error, velocity, MOMENTUM), payload)
+
+    def momentum_gap() -> Tensor:
+        codec.decode(layout, payload, [out])
+        n = arrays.elements
+        out.add_(error[:n]).sub_(gradient).sub_(before[:n])
+        return out.sub_(arrays.velocity_before[:n], alpha=MOMENTUM).abs_().max()
+
     def decode() -> None:
         codec.decode(layout, payload, [out])
 
     def server() -> None:
         codec.serve(shard, payload, codec, 1 / WORKERS, Memory(server_error), reply)
 
-    entry = ENTRY_BYTES[name]
-    return [
+    entry = payload.numel() / layout.numel
+    passes = [
         Pass(f"{name} worker", worker, arrays.elements, 12 + entry, payload, worker_gap),
         Pass(f"{name} decode", decode, arrays.elements, 4 + entry),
         Pass(f"{name} server", server, served, 8 + (WORKERS + 1) * entry, reply, server_gap),
     ]
+    if name in WITH_MOMENTUM:
+        # After `decode`, which times what `worker` has sent.
+        passes.append(
+            Pass(f"{name} worker, momentum", worker_with_momentum, arrays.elements, 20 + entry, payload, momentum_gap)
+        )
+    return passes
 
 
 def naive(arrays: Arrays) -> list[Pass]:
@@ -176,9 +209,9 @@ def naive(arrays: Arrays) -> list[Pass]:
         error[indices] = 0.0
         return indices, values
 
-    result = [Pass("OneBit naive", packbits, n, 12 + ENTRY_BYTES["OneBit"], rounds=rounds)]
+    result = [Pass("OneBit naive", packbits, n, 12 + 1 / 8, rounds=rounds)]
     for name, ratio in ("TopK 0.1 %", 0.001), ("TopK 1 %", 0.01):
-        result.append(Pass(f"{name} naive", lambda r=ratio: topk(r), n, 12 + ENTRY_BYTES[name], rounds=rounds))
+        result.append(Pass(f"{name} naive", lambda r=ratio: topk(r), n, 12 + 6 * ratio, rounds=rounds))
     return result
 
 
@@ -196,6 +229,8 @@ def time_passes(arrays: Arrays, threads: int, rounds: int, progress: tqdm) -> di
                 continue
             progress.set_description(f"{n / 1e6:g}M elements, {threads} threads, {p.name}")
             arrays.error.copy_(arrays.before)
+            if "momentum" in p.name:
+                arrays.velocity.copy_(arrays.velocity_before)
             if p.clear is not None:
                 p.clear.zero_()
             start = time.perf_counter()
@@ -257,8 +292,8 @@ def print_times(result: dict) -> None:
 
 
 @dataclass
-class Memory:
-    """Of one exchange; sizes in bytes."""
+class Footprint:
+    """Memory of one exchange; sizes in bytes."""
 
     codec: str
     malloc: str
@@ -279,7 +314,7 @@ def resident(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def measure_memory(name: str, malloc: str, elements: int, threads: int) -> Memory:
+def measure_memory(name: str, malloc: str, elements: int, threads: int) -> Footprint:
     """To be called in a process of its own, once; malloc is "default" or "returning"."""
     if malloc == "returning":
         m_mmap_threshold = -3
@@ -297,10 +332,10 @@ def measure_memory(name: str, malloc: str, elements: int, threads: int) -> Memor
     received = WORKERS * codec.chunk_nbytes(layout)  # replies are as large as pushes, since both sides compress alike
     payloads = WORKERS * (layout.shards + 1) * codec.chunk_nbytes(layout) + received
     ratio = extra / (errors + payloads)
-    return Memory(name, malloc, elements, extra, errors, payloads, ratio, MEMORY_BOUND, ratio <= MEMORY_BOUND)
+    return Footprint(name, malloc, elements, extra, errors, payloads, ratio, MEMORY_BOUND, ratio <= MEMORY_BOUND)
 
 
-def print_memory(memories: Sequence[Memory]) -> None:
+def print_memory(memories: Sequence[Footprint]) -> None:
     print(f"{memories[0].elements / 1e6:g}M elements, {WORKERS} workers in one process: memory of a whole exchange in MB")
     rows = [("codec", "malloc", "extra", "errors", "payloads", "ratio", "bound", "")]
     for m in memories:

@@ -6,6 +6,8 @@ onebit                Horovod with DoubleSqueeze(OneBit())
 onebit-server         the same with one server, as in the paper, instead of a share of it on every rank
 onebit-allgather      one pass instead of two: all ranks send their payloads to all others
 topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousandth; topk is topk-1%
+sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")), momentum correction and decaying errors
+quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
 noop                  no gradient travels: the most that any compression could give
@@ -15,6 +17,7 @@ noop                  no gradient travels: the most that any compression could g
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +32,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_horovod import DoubleSqueeze, OneBit, TopK
+from ds_horovod import DoubleSqueeze, OneBit, Quantize, TopK
 
 NAMES = (
     "none",
@@ -39,6 +42,8 @@ NAMES = (
     "onebit-allgather",
     "topk",
     "topk-P%",
+    "sign-P%",
+    "quantize-B",
     "ddp",
     "ddp-fp16",
     "ddp-powersgd-R",
@@ -70,25 +75,28 @@ def reduction(sent: float, model: nn.Module) -> float | None:
 
 def is_known(method: str) -> bool:
     """Whether `distribute` knows the method."""
-    return (method in NAMES and method not in ("topk-P%", "ddp-powersgd-R")) or bool(_percent(method) or _rank(method))
+    variable = method in ("topk-P%", "sign-P%", "quantize-B", "ddp-powersgd-R")
+    return (method in NAMES and not variable) or _number(method) is not None
 
 
-def _percent(method: str) -> float | None:
-    """The share in ``topk-0.1%``; None for any other method."""
+_NUMBERED = {"topk-": ("%", 0, 100), "sign-": ("%", 0, 100), "quantize-": ("", 1, 4), "ddp-powersgd-": ("", 0, math.inf)}
+"""Beginnings of methods, what follows their number, and between what it must be; the first is excluded."""
+
+
+def _number(method: str) -> float | None:
+    """The number in a method such as ``topk-0.1%``; None in any other."""
     if method == "topk":
         return 1.0
-    if method.startswith("topk-") and method.endswith("%"):
-        try:
-            percent = float(method[len("topk-") : -1])
-        except ValueError:
-            return None
-        return percent if 0 < percent <= 100 else None
+    for prefix, (suffix, least, most) in _NUMBERED.items():
+        text = method.removeprefix(prefix).removesuffix(suffix)
+        if method == f"{prefix}{text}{suffix}":
+            try:
+                number = float(text)
+            except ValueError:
+                return None
+            whole = suffix or (number.is_integer() and text.isdecimal())
+            return number if least < number <= most and whole else None
     return None
-
-
-def _rank(method: str) -> int | None:
-    rank = method.removeprefix("ddp-powersgd-")
-    return int(rank) if rank != method and rank.isdecimal() and int(rank) > 0 else None
 
 
 def distribute(
@@ -135,9 +143,13 @@ def distribute(
 
 
 def _compression(method: str) -> Any:
-    percent = _percent(method)
-    if percent:
-        return DoubleSqueeze(TopK(percent / 100))
+    number = _number(method)
+    if number is not None:
+        if method.startswith("quantize-"):
+            return DoubleSqueeze(Quantize(int(number)))
+        if method.startswith("sign-"):
+            return DoubleSqueeze(TopK(number / 100, values="sign"), momentum=0.9, error_decay=0.95)
+        return DoubleSqueeze(TopK(number / 100))
     return {
         "none": lambda: hvd.Compression.none,
         "fp16": lambda: hvd.Compression.fp16,
@@ -149,7 +161,7 @@ def _compression(method: str) -> Any:
 
 def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, silent_start: bool) -> Training:
     _join_torch()
-    rank = _rank(method)
+    rank = _number(method)
     # With several buckets PowerSGD hangs on Gloo: its allreduces are not launched in the same order everywhere.
     one_bucket = {"bucket_cap_mb": 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20} if rank else {}
     # Horovod leaves batch statistics alone, so DDP does here.
@@ -159,7 +171,7 @@ def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, silent
     if rank is None:
         return Training(ddp, optimizer, lambda: ring_bytes(model) / (2 if method == "ddp-fp16" else 1))
 
-    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=int(rank), start_powerSGD_iter=2)
 
     def hook(state, bucket):  # DDP looks at annotations, and does not understand those of postponed evaluation
         if not silent_start or state.iter >= state.start_powerSGD_iter:

@@ -138,6 +138,11 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x))).transpose(1, 2)
 
 
+def gpt_small() -> nn.Module:
+    """The `GPT` that `convergence.py` trains: 0.67 million parameters."""
+    return GPT(width=128, layers=3, heads=4, context=64)
+
+
 def gpt(context: int = 128) -> nn.Module:
     """The default `GPT`."""
     return GPT(context=context)
@@ -163,6 +168,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
     "mlp": (mlp, _noise((3072,), classes=3072)),
     "preact_resnet18": (preact_resnet18, _noise((3, 32, 32), classes=10)),
     "gpt": (gpt, _text(context=128)),
+    "gpt-small": (gpt_small, _text(context=64)),
 }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import GPT, digits_cnn, preact_resnet18
+from models import digits_cnn, gpt_small, preact_resnet18
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor, nn
@@ -177,7 +177,7 @@ def _gpt(adamw: bool) -> Callable[[int, int | None, Path | None], Task]:
 
         return Task(
             name="gpt-adamw" if adamw else "gpt-sgd",
-            build=lambda: GPT(width=128, layers=3, heads=4, context=context),
+            build=gpt_small,
             batch=batch,
             evaluate=bits_per_byte,
             metric="validation bits per byte",

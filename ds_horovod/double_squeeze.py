@@ -131,8 +131,8 @@ class DoubleSqueeze:
         return (
             f"DoubleSqueeze({self.compressor!r}, server_compressor={self.server_compressor!r}, "
             f"worker_error={self.worker_error}, server_error={self.server_error}, momentum={self.momentum}, "
-            f"error_decay={self.error_decay}, warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, server={self.server}, "
-            f"bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel})"
+            f"error_decay={self.error_decay}, warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, "
+            f"server={self.server}, bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel})"
         )
 
     @classmethod

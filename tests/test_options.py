@@ -44,6 +44,22 @@ def test_bits(bits):
         Quantize(bits)
 
 
+def test_random_k():
+    for ratio in (0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"RandomK: ratio must be over 0 and at most 1, got {ratio}"):
+            RandomK(ratio)
+    with pytest.raises(ValueError, match="RandomK: values must be one of fp32, fp16, got 'sign'"):
+        RandomK(values="sign")
+    for seed in (-1, 2**64, 0.5):
+        with pytest.raises(ValueError, match=f"RandomK: seed must be a whole number .*, got {seed}"):
+            RandomK(seed=seed)
+
+
+def test_cast():
+    with pytest.raises(ValueError, match="Cast: dtype must be one of fp16, bf16, got 'fp32'"):
+        Cast("fp32")
+
+
 @pytest.mark.parametrize("kind", [Quantize, Ternary])
 def test_levels(kind):
     name = kind.__name__
@@ -264,8 +280,8 @@ def test_repr_of_double_squeeze_names_every_option():
     text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
-        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, error_decay=1.0, warmup_steps=0, max_norm=None, server=3, "
-        "bucket_cap_mb=None, min_numel=4096)"
+        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, error_decay=1.0, "
+        "warmup_steps=0, max_norm=None, server=3, bucket_cap_mb=None, min_numel=4096)"
     )
 
 

@@ -27,6 +27,12 @@ struct Terms {
         if (u) v = velocity = momentum * u[i] + v;
         return g && e ? v + decay * e[i] : v;
     }
+    // What error and velocity were before v and the new velocity took their places, up to rounding.
+    void take_back(int64_t i) const {
+        const float own = to_float(g[i]);
+        e[i] = (e[i] - (u ? u[i] : own)) / decay;
+        if (u) u[i] = (u[i] - own) / momentum;
+    }
 };
 
 template <class G>
@@ -180,37 +186,47 @@ constexpr uint32_t kDrawing = 0x72616e64u;  // sets the key apart from what roun
 inline RandomKHeader& header_of(uint8_t* chunk) { return *reinterpret_cast<RandomKHeader*>(chunk); }
 inline const RandomKHeader& header_of(const uint8_t* chunk) { return *reinterpret_cast<const RandomKHeader*>(chunk); }
 
-// One position in each of a shard's equal strata.
+// Element at which a stratum begins.
+inline int64_t stratum_at(const RandomK& codec, const Layout& layout, int64_t stratum) {
+    return int64_t(uint64_t(stratum) * uint64_t(layout.shard_numel) / uint64_t(codec.k));
+}
+
+// One position in each of a shard's equal strata, from some stratum on.
 class Draws {
 public:
-    Draws(const RandomK& codec, const Layout& layout, const RandomKHeader& header)
-        : k_(uint64_t(codec.k)), numel_(uint64_t(layout.shard_numel)),
-          random_{{uint32_t(codec.seed), uint32_t(codec.seed >> 32) ^ kDrawing}, {header.step, header.bucket, header.shard}} {}
-
-    int64_t begin(int64_t stratum) const { return int64_t(uint64_t(stratum) * numel_ / k_); }
-    int64_t position(int64_t stratum) {
-        if (stratum / 4 != row_) random_words(random_, uint32_t(row_ = stratum / 4), words_);
-        const int64_t from = begin(stratum), length = begin(stratum + 1) - from;
-        return from + int64_t(uint64_t(words_[stratum % 4]) * uint64_t(length) >> 32);
+    Draws(const RandomK& codec, const Layout& layout, const RandomKHeader& header, int64_t stratum)
+        : random_{{uint32_t(codec.seed), uint32_t(codec.seed >> 32) ^ kDrawing}, {header.step, header.bucket, header.shard}},
+          k_(uint64_t(codec.k)), length_(uint64_t(layout.shard_numel) / k_), rest_(uint64_t(layout.shard_numel) % k_),
+          stratum_(uint64_t(stratum)), begin_(uint64_t(stratum_at(codec, layout, stratum))), over_(stratum_ * rest_ % k_) {
+        random_words(random_, stratum_ / 32 * 8, words_);
+    }
+    int64_t next() {
+        if (stratum_ % 32 == 0) random_words(random_, stratum_ / 4, words_);
+        const uint64_t word = words_[stratum_ % 32 / 4][stratum_ % 4], begin = begin_;
+        over_ += rest_;
+        begin_ += length_ + (over_ >= k_);
+        over_ -= over_ >= k_ ? k_ : 0;
+        stratum_++;
+        return int64_t(begin + (word * (begin_ - begin) >> 32));
     }
 
 private:
-    const uint64_t k_, numel_;
     const Philox random_;
-    int64_t row_ = -1;
-    uint32_t words_[4];
+    const uint64_t k_, length_, rest_;  // of a shard over k
+    uint64_t stratum_, begin_, over_;   // the next stratum, where it begins, and what is left over there
+    uint32_t words_[8][4];
 };
 
 // visit(stratum, tensor, element, position) for what strata from .. to of a shard draw, unless it is padding.
 template <class Visit>
 void for_drawn(const RandomK& codec, const Layout& layout, const RandomKHeader& header, int64_t shard, int64_t from, int64_t to,
                const Visit& visit) {
-    Draws draws(codec, layout, header);
-    const int64_t base = shard * layout.shard_numel;
-    int64_t tensor = std::upper_bound(layout.offset, layout.offset + layout.tensors, base + draws.begin(from)) - layout.offset;
+    Draws draws(codec, layout, header, from);
+    const int64_t base = shard * layout.shard_numel, *end = layout.offset + layout.tensors;
+    int64_t tensor = std::upper_bound(layout.offset, end, base + stratum_at(codec, layout, from)) - layout.offset;
     tensor = std::max<int64_t>(tensor - 1, 0);
     for (int64_t i = from; i < to; i++) {
-        const int64_t position = base + draws.position(i);
+        const int64_t position = base + draws.next();
         while (tensor < layout.tensors && position >= layout.offset[tensor] + layout.numel[tensor]) tensor++;
         if (tensor < layout.tensors && position >= layout.offset[tensor])
             visit(i, tensor, position - layout.offset[tensor], position);
@@ -229,16 +245,17 @@ inline float send_value(const RandomK& codec, uint8_t* chunk, int64_t i, float v
     return sent_value(codec, chunk, i);
 }
 
-// A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes.
+// A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes,
+// or the pass is taken back.
 template <class G>
 void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, RandomKHeader first_header,
           uint8_t* chunks, int threads) {
-    std::vector<uint8_t> spoiled(size_t(threads * layout.shards));
+    std::vector<std::vector<int64_t>> odd(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
     parallel(threads, [&](int t) {
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
             const auto terms = terms_at<G>(gradients, memory, tensor, first, position);
             float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // the error alone is there already
-            uint8_t* here = &spoiled[size_t(t * layout.shards + shard)];
+            auto& here = odd[size_t(t)];
             for_values(
                 terms, count,
                 [=](int64_t i, F8 v, F8 velocity) {
@@ -249,24 +266,32 @@ void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory 
                     if (e) e[i] = v;
                     if (u) u[i] = velocity;
                 },
-                [=](int64_t) { *here = 1; });
+                [&](int64_t i) { here.push_back(position + i); });
         });
     });
+    std::vector<uint8_t> finite(size_t(layout.shards), 1);
+    for (const auto& positions : odd)
+        for (int64_t position : positions) finite[size_t(position / layout.shard_numel)] = 0;
     parallel(threads, [&](int t) {
+        auto next = odd[size_t(t)].begin();
+        for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
+            const auto terms = terms_at<G>(gradients, memory, tensor, first, position);
+            if (finite[size_t(shard)] || !terms.g || !terms.e) return;
+            for (int64_t i = 0; i < count; i++) {
+                if (next != odd[size_t(t)].end() && *next == position + i) next++;
+                else terms.take_back(i);
+            }
+        });
         for (int64_t shard = 0; shard < layout.shards; shard++) {
             uint8_t* chunk = chunks + shard * codec.chunk_bytes;
             RandomKHeader header = first_header;
             header.shard += uint32_t(shard);
-            bool finite = true;
-            for (int other = 0; other < threads; other++) finite = finite && !spoiled[size_t(other * layout.shards + shard)];
-            if (t == 0) {
-                header_of(chunk) = header;
-                if (!finite) {
-                    header_of(chunk).k = kAllNotFinite;
-                    send_value(codec, chunk, 0, float_of(kNaN));
-                }
+            if (!finite[size_t(shard)]) header.k = kAllNotFinite;
+            if (t == 0) header_of(chunk) = header;
+            if (!finite[size_t(shard)]) {
+                if (t == 0) send_value(codec, chunk, 0, float_of(kNaN));
+                continue;
             }
-            if (!finite) continue;
             for_drawn(codec, layout, header, shard, codec.k * t / threads, codec.k * (t + 1) / threads,
                       [&](int64_t i, int64_t tensor, int64_t element, int64_t position) {
                           const auto terms = terms_at<G>(gradients, memory, tensor, element, position);
@@ -294,12 +319,12 @@ void scatter_drawn(const RandomK& codec, const Layout& layout, const uint8_t* ch
         for (int64_t shard = 0; shard < layout.shards; shard++) {
             const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
             const bool finite = header_of(chunk).k != kAllNotFinite;
-            Draws draws(codec, layout, header_of(chunk));
             int64_t i = codec.k * t / threads;
             const int64_t last = codec.k * (t + 1) / threads, base = shard * layout.shard_numel;
-            auto next = [&] { return i < last && finite ? base + draws.position(i) : INT64_MAX; };
+            Draws draws(codec, layout, header_of(chunk), i);
+            auto next = [&] { return i < last && finite ? base + draws.next() : INT64_MAX; };
             int64_t drawn = next();
-            for_range(layout, base + draws.begin(i), base + draws.begin(last),
+            for_range(layout, base + stratum_at(codec, layout, i), base + stratum_at(codec, layout, last),
                       [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
                           G* to = static_cast<G*>(gradients[tensor]) + first;
                           if (!finite) {
@@ -327,14 +352,14 @@ void random_k_decode(const RandomK& codec, const Layout& layout, const uint8_t* 
     });
 }
 
-void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum) {
-    FlushDenormals flush;
+void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
     if (header_of(chunk).k == kAllNotFinite)
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
-    for_drawn(codec, layout, header_of(chunk), 0, 0, codec.k, [&](int64_t i, int64_t, int64_t, int64_t position) {
-        sum[position] += sent_value(codec, chunk, i) * weight;
+    parallel(threads, [&](int t) {
+        for_drawn(codec, layout, header_of(chunk), 0, codec.k * t / threads, codec.k * (t + 1) / threads,
+                  [&](int64_t i, int64_t, int64_t, int64_t position) { sum[position] += sent_value(codec, chunk, i) * weight; });
     });
 }
 

@@ -91,7 +91,7 @@ struct Kernels {
     void (*one_bit_accumulate)(const OneBit&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
     void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
     void (*top_k_decode)(const TopK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum);
+    void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
     void (*quantize_encode)(const Quantize&, const Layout&, Tensors gradients, Memory, const Philox&, uint8_t* chunks, int threads);
     void (*quantize_serve)(const Quantize&, const Layout&, const uint8_t* pushed, int64_t workers, float weight, float* error,
                            const Philox&, uint8_t* chunk, int threads);
@@ -104,7 +104,7 @@ struct Kernels {
     void (*random_k_encode)(const RandomK&, const Layout&, Tensors gradients, Memory, RandomKHeader first, uint8_t* chunks,
                             int threads);
     void (*random_k_decode)(const RandomK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*random_k_accumulate)(const RandomK&, const Layout&, const uint8_t* chunk, float weight, float* sum);
+    void (*random_k_accumulate)(const RandomK&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
     bool (*all_within)(const float* values, int64_t count, float limit);
     void (*uniforms_of_rows)(const Philox&, uint64_t first_row, int64_t rows, float* out);
 };

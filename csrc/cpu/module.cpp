@@ -120,7 +120,7 @@ struct Call {
         require(k >= 0 && codec.low_bits >= 0 && codec.low_bits < 16 && codec.scales_at >= 4 * runs &&
                     codec.upper_at >= codec.scales_at + (sign ? 2 * ((k + 63) / 64 + runs) : 0) &&
                     codec.low_at >= codec.upper_at + (rows + (codec.low_bits ? k : 0) + 7 * runs) / 8 &&
-                    codec.values_at >= codec.low_at + (k * (codec.low_bits + sign) + 7 * runs) / 8 &&
+                    codec.values_at >= codec.low_at + (k * (codec.low_bits + sign) + 7 * runs) / 8 + 8 &&  // read ahead
                     codec.chunk_bytes >= codec.values_at + (sign ? 0 : codec.values == Values::fp16 ? 2 : 4) * k,
                 "a chunk too small for its counts, offsets and values");
     }
@@ -243,12 +243,12 @@ PYBIND11_MODULE(_cpu, m) {
         kernels->top_k_decode(codec, call.layout, call.chunks, call.tensors(), threads);
     });
     m.def("top_k_accumulate", [](const TopK& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                 uintptr_t sum) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, 1);
+                                 uintptr_t sum, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
         require(layout.shards == 1, "a server has one shard");
         py::gil_scoped_release release;
         call.require_sound(codec);
-        kernels->top_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum));
+        kernels->top_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
     });
 
     m.def("quantize_encode", [](const Quantize& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
@@ -329,12 +329,12 @@ PYBIND11_MODULE(_cpu, m) {
         kernels->random_k_decode(codec, call.layout, call.chunks, call.tensors(), threads);
     });
     m.def("random_k_accumulate", [](const RandomK& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                    uintptr_t sum) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, 1);
+                                    uintptr_t sum, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
         require(layout.shards == 1, "a server has one shard");
         py::gil_scoped_release release;
         call.require_sound(codec);
-        kernels->random_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum));
+        kernels->random_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
     });
 
     m.def("all_within", [](uintptr_t values, int64_t count, float limit) {

@@ -51,14 +51,12 @@ inline void unpack_codes(const Quantize& codec, const uint8_t* in, uint8_t* c) {
     switch (codec.bits) {
         case 0: {
             const int64_t m = ceil_div(codec.block, kDigits);
-            for (int64_t j = 0; j < m; j++) {
-                const unsigned x = in[j];
-                c[j] = uint8_t(x % 3);
-                c[m + j] = uint8_t(x / 3 % 3);
-                c[2 * m + j] = uint8_t(x / 9 % 3);
-                c[3 * m + j] = uint8_t(x / 27 % 3);
-                c[4 * m + j] = uint8_t(x / 81 % 3);
-            }
+            for (int64_t i = 0; i < kDigits; i++)  // digit by digit: compilers make vectors of it
+                for (int64_t j = 0; j < m; j++) {
+                    const auto x = uint16_t(i ? c[(kDigits - 1) * m + j] : in[j]), third = uint16_t(x * 171 >> 9);
+                    c[i * m + j] = uint8_t(i < kDigits - 1 ? x - 3 * third : x % 3);
+                    if (i < kDigits - 1) c[(kDigits - 1) * m + j] = uint8_t(third);
+                }
             break;
         }
         case 2: {

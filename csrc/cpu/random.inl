@@ -34,7 +34,7 @@ inline void uniforms(const Philox& random, uint64_t row, float out[8]) {
     for (int j = 0; j < 8; j++) out[j] = float(x[j / 2] >> (16 * (j % 2)) & 0xffffu) * 0x1p-16f;
 }
 
-// Of eight rows: out[r] is what the row first_row + r draws.
+// Of eight rows from first_row on: all their words, and out[r] for the numbers of row first_row + r.
 #ifdef DS_AVX2
 
 inline __m256i words(uint32_t x) { return _mm256_set1_epi32(int(x)); }
@@ -51,7 +51,7 @@ inline F8 uniform(__m128i numbers) {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(numbers)), splat(0x1p-16f));
 }
 
-inline void uniforms(const Philox& random, uint64_t first_row, F8 out[8]) {
+inline void random_rows(const Philox& random, uint64_t first_row, __m128i out[8]) {
     uint32_t key[2] = {random.key[0], random.key[1]};
     __m256i x[4] = {_mm256_add_epi32(words(uint32_t(first_row)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
                     words(random.counter[0]), words(random.counter[1]), words(random.counter[2])};
@@ -70,12 +70,28 @@ inline void uniforms(const Philox& random, uint64_t first_row, F8 out[8]) {
     const __m256i rows[4] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b),
                              _mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d)};
     for (int r = 0; r < 4; r++) {
-        out[r] = uniform(_mm256_castsi256_si128(rows[r]));
-        out[r + 4] = uniform(_mm256_extracti128_si256(rows[r], 1));
+        out[r] = _mm256_castsi256_si128(rows[r]);
+        out[r + 4] = _mm256_extracti128_si256(rows[r], 1);
     }
 }
 
+inline void random_words(const Philox& random, uint64_t first_row, uint32_t out[8][4]) {
+    __m128i rows[8];
+    random_rows(random, first_row, rows);
+    for (int r = 0; r < 8; r++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out[r]), rows[r]);
+}
+
+inline void uniforms(const Philox& random, uint64_t first_row, F8 out[8]) {
+    __m128i rows[8];
+    random_rows(random, first_row, rows);
+    for (int r = 0; r < 8; r++) out[r] = uniform(rows[r]);
+}
+
 #else
+
+inline void random_words(const Philox& random, uint64_t first_row, uint32_t out[8][4]) {
+    for (int r = 0; r < 8; r++) random_words(random, uint32_t(first_row + uint64_t(r)), out[r]);
+}
 
 inline void uniforms(const Philox& random, uint64_t first_row, F8 out[8]) {
     for (int r = 0; r < 8; r++) uniforms(random, first_row + uint64_t(r), out[r].x);

@@ -52,37 +52,46 @@ inline void advance(const TopK& codec, int64_t numel, int64_t entries, Place& at
     at.low += ceil_div(entries * width(codec), 8);
 }
 
-// A row of bits, from the lowest bit of a byte on.
-class BitWriter {
+// Fields of so many bits, one after the other from the lowest bit of a byte on.
+class FieldWriter {
 public:
-    explicit BitWriter(uint8_t* to) : to_(to) {}
-    void put(uint32_t field, int width) {
+    FieldWriter(uint8_t* to, int width) : to_(to), width_(width) {}
+    void put(uint32_t field) {
         pending_ |= uint64_t(field) << bits_;
-        for (bits_ += width; bits_ >= 8; bits_ -= 8, pending_ >>= 8) *to_++ = uint8_t(pending_);
+        bits_ += width_;
+        if (bits_ < 32) return;
+        const auto low = uint32_t(pending_);
+        std::memcpy(to_, &low, 4);
+        to_ += 4;
+        pending_ >>= 32;
+        bits_ -= 32;
     }
-    void finish() { if (bits_) *to_ = uint8_t(pending_); }
+    void finish() { std::memcpy(to_, &pending_, size_t(ceil_div(bits_, 8))); }
 
 private:
     uint8_t* to_;
+    const int width_;
     uint64_t pending_ = 0;
     int bits_ = 0;
 };
 
-class BitReader {
+// It reads up to kReadAhead bytes more than there are fields.
+class FieldReader {
 public:
-    explicit BitReader(const uint8_t* from) : from_(from) {}
-    uint32_t take(int width) {
-        for (; bits_ < width; bits_ += 8) pending_ |= uint64_t(*from_++) << bits_;
-        const auto field = uint32_t(pending_ & ((uint64_t(1) << width) - 1));
-        pending_ >>= width;
-        bits_ -= width;
+    FieldReader(const uint8_t* from, int width) : from_(from), width_(width), mask_((1u << width) - 1) {}
+    uint32_t take() {
+        uint64_t word;
+        std::memcpy(&word, from_ + bit_ / 8, 8);
+        const auto field = uint32_t(word >> bit_ % 8) & mask_;
+        bit_ += width_;
         return field;
     }
 
 private:
     const uint8_t* from_;
-    uint64_t pending_ = 0;
-    int bits_ = 0;
+    const int64_t width_;
+    const uint32_t mask_;
+    int64_t bit_ = 0;
 };
 
 // visit(entry, offset, negative) for the entries of a run. Returns how many there are: of a corrupted payload not
@@ -90,19 +99,21 @@ private:
 template <class Visit>
 inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
                             const Visit& visit) {
-    const int b = codec.low_bits, bits = width(codec);
-    const int64_t bytes = upper_bytes(codec, numel, count);
+    const int b = codec.low_bits;
+    const uint32_t low_mask = (1u << b) - 1;
+    const int64_t bytes = upper_bytes(codec, numel, count), spread = b ? 1 : 0;
     const uint8_t* upper = chunk + codec.upper_at + at.upper;
-    BitReader low(chunk + codec.low_at + at.low);
+    FieldReader low(chunk + codec.low_at + at.low, width(codec));
     int64_t entry = 0;
     for (int64_t i = 0; i < bytes; i += 8) {
         uint64_t word = 0;
-        std::memcpy(&word, upper + i, size_t(std::min<int64_t>(8, bytes - i)));
+        if (i + 8 <= bytes) std::memcpy(&word, upper + i, 8);
+        else std::memcpy(&word, upper + i, size_t(bytes - i));
         for (; word; word &= word - 1, entry++) {
             if (entry >= count) continue;
-            const int64_t bit = 8 * i + __builtin_ctzll(word), row = bit - (b ? entry : 0);
-            const uint32_t field = low.take(bits);
-            visit(entry, (row << b) | (field & ((1u << b) - 1)), (field >> b & 1) != 0);
+            const int64_t row = 8 * i + __builtin_ctzll(word) - spread * entry;
+            const uint32_t field = low.take();
+            visit(entry, (row << b) | (field & low_mask), (field >> b & 1) != 0);
         }
     }
     return entry;
@@ -116,15 +127,29 @@ inline void read_run(const TopK& codec, const uint8_t* chunk, const Place& at, i
     const auto* half = reinterpret_cast<const Half*>(chunk + codec.values_at) + at.entries;
     read_offsets(codec, chunk, at, numel, count, [&](int64_t entry, int64_t offset, bool negative) {
         offsets[entry] = uint16_t(offset);
-        switch (codec.values) {
-            case Values::fp32: values[entry] = full[entry]; break;
-            case Values::fp16: values[entry] = to_float(half[entry]); break;
-            case Values::sign: {
-                const float scale = to_float(scales[entry / kEntries]);
-                values[entry] = negative ? -scale : scale;
-            }
-        }
+        values[entry] = negative ? -1.f : 1.f;
     });
+    switch (codec.values) {
+        case Values::fp32: std::memcpy(values, full, size_t(count) * sizeof(float)); break;
+        case Values::fp16: for (int64_t i = 0; i < count; i++) values[i] = to_float(half[i]); break;
+        case Values::sign:
+            for (int64_t i = 0; i < count; i++) {
+                const float scale = to_float(scales[i / kEntries]);
+                values[i] = values[i] < 0.f ? -scale : scale;
+            }
+    }
+}
+
+// Where each run of each shard begins.
+inline std::vector<Place> places(const TopK& codec, const Layout& layout, const uint8_t* chunks) {
+    const int64_t runs = ceil_div(layout.shard_numel, kRun);
+    std::vector<Place> found(size_t(layout.shards * runs), Place{});
+    for (int64_t s = 0; s < layout.shards; s++)
+        for (int64_t r = 1; r < runs; r++) {
+            Place& at = found[size_t(s * runs + r)] = found[size_t(s * runs + r - 1)];
+            advance(codec, run_numel(layout, r - 1), counts_in(chunks + s * codec.chunk_bytes)[r - 1], at);
+        }
+    return found;
 }
 
 struct Candidate { uint32_t position; float value; };  // position within the shard
@@ -374,16 +399,19 @@ private:
             const Candidate* next = entry;
             while (next < end && next->position < (run + 1) * kRun) next++;
             counts_in(chunk_)[run] = uint32_t(next - entry);
-            write_run(at, entry, next - entry, settle);
+            write_run(at, run_numel(layout_, run), entry, next - entry, settle);
             advance(codec_, run_numel(layout_, run), next - entry, at);
             entry = next;
         }
     }
 
-    template <class Settle> void write_run(const Place& at, const Candidate* entry, int64_t count, const Settle& settle) {
+    template <class Settle>
+    void write_run(const Place& at, int64_t run_numel, const Candidate* entry, int64_t count, const Settle& settle) {
         const int b = codec_.low_bits, bits = width(codec_);
         uint8_t* upper = chunk_ + codec_.upper_at + at.upper;
-        BitWriter low(chunk_ + codec_.low_at + at.low);
+        FieldWriter low(chunk_ + codec_.low_at + at.low, bits);
+        uint64_t word = 0;  // of the upper bits, from byte 8 * words on
+        int64_t words = 0;
         auto* scales = reinterpret_cast<BFloat16*>(chunk_ + codec_.scales_at + at.scales);
         auto* full = reinterpret_cast<float*>(chunk_ + codec_.values_at) + at.entries;
         auto* half = reinterpret_cast<Half*>(chunk_ + codec_.values_at) + at.entries;
@@ -392,7 +420,12 @@ private:
             const uint32_t offset = entry[i].position % kRun;
             const float v = entry[i].value;
             const int64_t bit = (offset >> b) + (b ? i : 0);
-            upper[bit / 8] |= uint8_t(1 << bit % 8);
+            if (bit / 64 != words) {
+                std::memcpy(upper + 8 * words, &word, 8);
+                words = bit / 64;
+                word = 0;
+            }
+            word |= uint64_t(1) << bit % 64;
             float arrives = v;
             if (codec_.values == Values::sign) {
                 if (i % kEntries == 0) {
@@ -406,10 +439,12 @@ private:
             } else {
                 full[i] = v;
             }
-            if (bits) low.put((offset & ((1u << b) - 1)) | (bits > b ? bits_of(v) >> 31 << b : 0), bits);
+            if (bits) low.put((offset & ((1u << b) - 1)) | (bits > b ? bits_of(v) >> 31 << b : 0));
             settle(entry[i], arrives);
         }
+        if (!count) return;
         low.finish();
+        std::memcpy(upper + 8 * words, &word, size_t(std::min<int64_t>(8, upper_bytes(codec_, run_numel, count) - 8 * words)));
     }
 
     // Of up to kEntries entries, the largest bfloat16 at most.
@@ -533,12 +568,7 @@ template <class G> inline void copy_out(G* to, const G* from, int64_t count, boo
 template <class G>
 void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
     const int64_t runs = ceil_div(layout.shard_numel, kRun), total = layout.shards * runs;
-    std::vector<Place> places(size_t(total), Place{});
-    for (int64_t s = 0; s < layout.shards; s++)
-        for (int64_t r = 1; r < runs; r++) {
-            Place& at = places[size_t(s * runs + r)] = places[size_t(s * runs + r - 1)];
-            advance(codec, run_numel(layout, r - 1), counts_in(chunks + s * codec.chunk_bytes)[r - 1], at);
-        }
+    const std::vector<Place> begins = places(codec, layout, chunks);
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
         std::vector<G> tile(size_t(kTile), G{});  // zeros, but for the entries at hand
@@ -556,7 +586,7 @@ void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, voi
                 continue;
             }
             const int64_t last = counts_in(chunk)[run];
-            read_run(codec, chunk, places[size_t(at)], end - begin, last, offsets.data(), values.data());
+            read_run(codec, chunk, begins[size_t(at)], end - begin, last, offsets.data(), values.data());
             int64_t entry = 0;
             for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
                 G* to = static_cast<G*>(gradients[tensor]) + first;
@@ -580,21 +610,22 @@ void top_k_decode(const TopK& codec, const Layout& layout, const uint8_t* chunks
     });
 }
 
-void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum) {
-    FlushDenormals flush;
+void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
     if (counts_in(chunk)[0] == kAllNotFinite)
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
-    Place at;
-    std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
-    std::vector<float> values(offsets.size());
-    for (int64_t run = 0; run * kRun < layout.shard_numel; run++) {
-        const int64_t numel = run_numel(layout, run), count = counts_in(chunk)[run];
-        read_run(codec, chunk, at, numel, count, offsets.data(), values.data());
-        for (int64_t i = 0; i < count; i++) sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
-        advance(codec, numel, count, at);
-    }
+    const std::vector<Place> begins = places(codec, layout, chunk);
+    parallel(threads, [&](int t) {
+        std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
+        std::vector<float> values(offsets.size());
+        const auto runs = int64_t(begins.size());
+        for (int64_t run = runs * t / threads; run < runs * (t + 1) / threads; run++) {
+            const int64_t count = counts_in(chunk)[run];
+            read_run(codec, chunk, begins[size_t(run)], run_numel(layout, run), count, offsets.data(), values.data());
+            for (int64_t i = 0; i < count; i++) sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
+        }
+    });
 }
 
 }  // namespace

@@ -55,9 +55,7 @@ class _Levels(FusedCompressor):
         steps = chunks[:, : 4 * (layout.shard_numel // format.block)].contiguous().view(-1).view(torch.float32)
         return bool(kernels.for_device(chunks.device).all_within(steps, limit if limit == LARGEST else limit / format.levels))
 
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor
-    ) -> None:
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
         if pusher != self:
             return super().serve(layout, pushed, pusher, weight, memory, chunk)
         kernels.for_device(chunk.device).quantize_serve(_format(self, layout), layout, pushed, weight, memory, chunk)

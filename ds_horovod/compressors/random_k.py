@@ -27,7 +27,7 @@ class RandomK(FusedCompressor):
     draw the same, so no positions travel, and the sum of what arrives has no more elements than each of its terms. Values
     are not scaled up by 1 / ratio: Q is biased, a contraction by 1 - ratio on average, and error feedback makes up for it.
 
-    Where v is not finite, its shard travels as NaN altogether, and its finite values wait in the error.
+    Where v is not finite, its shard travels as NaN altogether, and takes its step back.
 
     Parameters
     ----------

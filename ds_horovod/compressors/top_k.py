@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.formats import ENTRIES, RUN, TopKFormat, align
+from ..kernels.formats import ENTRIES, READ_AHEAD, RUN, TopKFormat, align
 from ..layout import Layout
 from ..memory import Memory
 from .base import LARGEST, FusedCompressor
@@ -110,5 +110,5 @@ def _divided(k: int, values: str, numel: int, low_bits: int) -> TopKFormat:
     scales_at = align(4 * runs)
     upper_at = align(scales_at + (2 * most_scales(k, numel) if sign else 0))
     low_at = align(upper_at + (-(-numel >> low_bits) + (k if low_bits else 0) + 7 * runs) // 8)
-    values_at = align(low_at + (k * (low_bits + sign) + 7 * runs) // 8)
+    values_at = align(low_at + (k * (low_bits + sign) + 7 * runs) // 8 + READ_AHEAD)
     return TopKFormat(k, values, low_bits, scales_at, upper_at, low_at, values_at, align(values_at + _VALUE_NBYTES[values] * k))

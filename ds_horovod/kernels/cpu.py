@@ -155,7 +155,7 @@ def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: 
 
 
 def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
+    _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
 
 
 def _philox(seed: int, memory: Memory) -> _cpu.Philox:
@@ -223,7 +223,9 @@ def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradi
 
 
 def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.random_k_accumulate(_random_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel))
+    _cpu.random_k_accumulate(
+        _random_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
+    )
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:

@@ -14,6 +14,9 @@ RUN = 65536
 ENTRIES = 64
 """Top-k entries that share a magnitude, where only their signs travel."""
 
+READ_AHEAD = 8
+"""Unused bytes after the lower bits of top-k entries, which readers may read, but for what they are."""
+
 ALL_NOT_FINITE = 0xFFFFFFFF
 """As the first count of a chunk, or as its k: the whole shard is NaN, and so is the first value, or magnitude."""
 

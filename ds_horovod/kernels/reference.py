@@ -435,16 +435,18 @@ def random_k_encode(
 ) -> None:
     """payload = v at the positions that are drawn for each shard; error = v without them, and no velocity there.
 
-    Where v is not finite in a shard, nothing of it is sent but that. The arguments are those of `one_bit_encode`.
+    Where v is not finite in a shard, nothing of it is sent but that: memory stays as it was where v is not finite, and up to
+    rounding elsewhere. The arguments are those of `one_bit_encode`.
     """
     for shard, pieces in enumerate(layout.pieces):
-        v, u = torch.zeros(layout.shard_numel), torch.zeros(layout.shard_numel)
+        v, u, g = torch.zeros(3, layout.shard_numel)
         real = _real(layout, shard)
         for piece in pieces:
             here = slice(piece.offset, piece.offset + piece.numel)
             v[here], velocity = corrected(layout, shard, piece, gradients, memory)
-            if velocity is not None:
-                u[here] = velocity
+            if gradients is not None:
+                g[here] = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel].float()
+                u[here] = g[here] if velocity is None else velocity
         finite, rest = v.isfinite(), v.clone()
         header = [memory.step, memory.bucket, memory.first_shard + shard, format.k]
         values = _random_k_values(format, chunks[shard])
@@ -456,6 +458,9 @@ def random_k_encode(
             u[where[entries]] = 0.0
         else:
             header[3], values[0] = ALL_NOT_FINITE, torch.nan
+            if gradients is not None:
+                rest = flush(flush(flush(v) - flush(u)) / torch.tensor(memory.decay))
+                u = flush(flush(u - flush(g)) / torch.tensor(memory.momentum))
         chunks[shard, :RANDOM_K_HEADER].view(torch.int32).copy_(torch.tensor(header))
         for kept, new in ((memory.error, rest), (memory.velocity, u)):
             if kept is not None:

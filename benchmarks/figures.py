@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from cluster import bits_per_second
+from learning import HOSTS, RATES, SMOOTHING, TIMED_MODEL, curve, groups, step_seconds
 
 # Deterministic files: the same results give the same bytes.
 mpl.use("svg")
@@ -66,6 +67,30 @@ def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -
         panel.set(title=f"{n} hosts", xlabel="1 / bandwidth (seconds for a gigabit)", yscale="log")
     panels[0][0].set_ylabel("seconds for an iteration")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+
+
+def draw_learning(content: Mapping[str, Any], steps: Mapping[str, Any] | None, workers: int, path: Path) -> None:
+    """Training loss over steps, over bytes, and over time at each rate where steps were timed."""
+    task, found = content["settings"]["task"], groups(content)
+    timed = steps is not None and task in TIMED_MODEL and workers == HOSTS
+    count = 2 + (len(RATES) if timed else 0)
+    figure, panels = plt.subplots(1, count, figsize=(4 * count, 4), sharey=True)
+    colors = plt.colormaps["tab20"]
+    recipes = sorted({recipe for n, recipe in found if n == workers})
+    for i, recipe in enumerate(recipes):
+        losses, sent = curve(found[workers, recipe]), found[workers, recipe][0]["bytes_sent"]
+        seconds = [1.0, sent / 1e6, *(step_seconds(steps, task, recipe, rate) for rate in RATES)][:count]
+        for panel, each in zip(panels, seconds, strict=True):
+            if each is not None:
+                x = [(SMOOTHING + step) * each for step in range(len(losses))]
+                line = "--" if recipe == "none" else "-"
+                panel.plot(x, losses, line, color=colors(i % 20), linewidth=1, label=recipe)
+    for panel, what in zip(panels, ["steps", "megabytes sent", *(f"seconds at {rate}" for rate in RATES)], strict=False):
+        panel.set(xlabel=what, yscale="log", xscale="linear" if what == "steps" else "log")
+    panels[0].set_ylabel("training loss")
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[-1].legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     _save(figure, path)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import UNSHAPED, bits_per_second
-from figures import draw_bandwidth, draw_fit, draw_scaling, label
+from figures import draw_bandwidth, draw_fit, draw_learning, draw_scaling, label
+from learning import HOSTS, TITLES, header, rows
 
 MODELS = {
     "mlp": "MLP, 28.3 million parameters",
@@ -253,6 +254,32 @@ def training_table(training: Json) -> str:
     return table(["method", "test accuracy", "milliseconds of an iteration", "fewer bytes"], rows)
 
 
+def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
+    """The section about learning."""
+    tasks = [content for name, content in results.items() if name.startswith("convergence-") and content["cells"]]
+    if not tasks:
+        return
+    yield "## Learning"
+    yield (
+        "The same number of steps, data and learning rates for all recipes (`benchmarks/convergence.py` says what they are); "
+        "n workers, most of them in one process, with the exchange that they would run under Horovod. *Bits per compressed "
+        "element* are those of what is compressed, mean of push and reply; biases and norms travel beside it as they are. "
+        "Metrics are means over seeds, with half of the range between them. *Minutes*: until the smoothed training loss is "
+        "within 2 % of where uncompressed training ends, by the steps that a cluster of 4 hosts takes."
+    )
+    for content in tasks:
+        settings, cell = content["settings"], content["cells"][0]
+        name = f"convergence-{settings['task']}"
+        yield f"### {TITLES[settings['task']]}"
+        yield (
+            f"{settings['parameters']:,} parameters; {settings['data']}; {settings['optimizer']}; batches of "
+            f"{settings['batch_size']}; {settings['steps']} steps. {cell['machine']['processor']}, "
+            f"torch {cell['versions']['torch']}; {cell['date'][:10]}"
+        )
+        yield f"![Training loss over steps, bytes and time](FIGURES/{name}.svg)"
+        yield table(header(content), list(rows(content, results.get("steps-gpt-small"))))
+
+
 def readme_part(results: Mapping[str, Json]) -> str:
     """What the README says in figures."""
     content, model = results["bandwidth"], results["model"]
@@ -315,6 +342,7 @@ def page(results: Mapping[str, Json]) -> str:
             ]
     if "model" in results:
         parts += ["## Beyond one machine", *model_section(results["model"])]
+    parts += learning_parts(results)
     loopback = {name: content for name, content in results.items() if name.startswith("loopback")}
     if loopback:
         some = next(iter(loopback.values()))
@@ -346,6 +374,10 @@ def main() -> None:
     if "bandwidth" in results:
         for model in {cell["model"] for cell in results["bandwidth"]["cells"]}:
             draw_bandwidth(results["bandwidth"]["cells"], model, args.results / f"bandwidth-{model}.svg")
+    for name, content in results.items():
+        if name.startswith("convergence-") and content["cells"]:
+            workers = max((cell["workers"] for cell in content["cells"]), key=lambda n: (n == HOSTS, n))
+            draw_learning(content, results.get("steps-gpt-small"), workers, args.results / f"{name}.svg")
     if "model" in results:
         draw_fit(results["model"], args.results / "model-fit.svg")
         draw_scaling(results["model"], args.results / "model-scaling.svg")

@@ -82,7 +82,8 @@ inline float largest_of(const Half*) { return 65504.f; }
 inline float largest_of(const BFloat16*) { return float_of(0x7f7f0000u); }
 
 // Where the value of a position is.
-template <class H> inline H* cast_at(const Cast& codec, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
+template <class H>
+inline H* cast_at(const Cast& codec, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
     return reinterpret_cast<H*>(chunks + shard * codec.chunk_bytes) + position - shard * layout.shard_numel;
 }
 template <class H>
@@ -119,9 +120,9 @@ void cast_encode(const Cast& codec, const Layout& layout, Tensors gradients, Mem
             using G = std::remove_pointer_t<decltype(gradient_type)>;
             using H = std::remove_pointer_t<decltype(type)>;
             parallel(threads, [&](int t) {
-                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
-                    cast_values(terms_at<G>(gradients, memory, tensor, first, position), count,
-                                cast_at<H>(codec, layout, chunks, shard, position));
+                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t at) {
+                    cast_values(terms_at<G>(gradients, memory, tensor, first, at), count,
+                                cast_at<H>(codec, layout, chunks, shard, at));
                 });
             });
         });
@@ -144,8 +145,8 @@ void cast_decode(const Cast& codec, const Layout& layout, const uint8_t* chunks,
             using H = std::remove_pointer_t<decltype(type)>;
             const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
             parallel(threads, [&](int t) {
-                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
-                    convert(cast_at<H>(codec, layout, chunks, shard, position),
+                for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t at) {
+                    convert(cast_at<H>(codec, layout, chunks, shard, at),
                             static_cast<G*>(gradients.data[tensor]) + first, count, large);
                 });
                 stream_end();
@@ -352,14 +353,17 @@ void random_k_decode(const RandomK& codec, const Layout& layout, const uint8_t* 
     });
 }
 
-void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
+                         int threads) {
     if (header_of(chunk).k == kAllNotFinite)
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
     parallel(threads, [&](int t) {
         for_drawn(codec, layout, header_of(chunk), 0, codec.k * t / threads, codec.k * (t + 1) / threads,
-                  [&](int64_t i, int64_t, int64_t, int64_t position) { sum[position] += sent_value(codec, chunk, i) * weight; });
+                  [&](int64_t i, int64_t, int64_t, int64_t position) {
+                      sum[position] += sent_value(codec, chunk, i) * weight;
+                  });
     });
 }
 

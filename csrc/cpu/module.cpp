@@ -110,7 +110,8 @@ struct Call {
     static void check(const RandomK& codec, const OwnedLayout& owned) {
         const int64_t k = codec.k;
         require(owned.is_aligned(32), "tensors must start on blocks");
-        require(k >= 1 && k <= owned.shard_numel && codec.chunk_bytes >= int64_t(sizeof(RandomKHeader)) + (codec.half ? 2 : 4) * k,
+        require(k >= 1 && k <= owned.shard_numel, "k must be positive, and no more than a shard has elements");
+        require(codec.chunk_bytes >= int64_t(sizeof(RandomKHeader)) + (codec.half ? 2 : 4) * k,
                 "a chunk too small for its values");
     }
     static void check(const TopK& codec, const OwnedLayout& owned) {

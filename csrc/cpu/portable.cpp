@@ -56,7 +56,8 @@ const char* random_k_fault(const RandomK& codec, const Layout& layout, const uin
     for (int64_t shard = 0; shard < layout.shards; shard++) {
         const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
         const uint32_t k = header_of(chunk).k;
-        if (k != codec.k && !(k == kAllNotFinite && std::isnan(sent_value(codec, chunk, 0)))) return "another k than the layout's";
+        const bool all_not_finite = k == kAllNotFinite && std::isnan(sent_value(codec, chunk, 0));
+        if (k != codec.k && !all_not_finite) return "another k than the layout's";
     }
     return nullptr;
 }

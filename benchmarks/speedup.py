@@ -122,7 +122,7 @@ def train(recipe: str, workers: int, seed: int, ranks: bool, tick: Callable[[int
         found.append({"step": step + 1, "loss": rounded(recent[-1])})
         stats.append(team.stats())
         tick(interval * workers * BATCH_SIZE)
-        if len(recent) == SMOOTHING and statistics.fmean(recent) <= TARGET or not math.isfinite(recent[-1]):
+        if (len(recent) == SMOOTHING and statistics.fmean(recent) <= TARGET) or not math.isfinite(recent[-1]):
             break
     if ranks:
         stats = [list(itertools.chain(*own)) for own in zip(*hvd.allgather_object(stats, name="benchmark.result"), strict=True)]

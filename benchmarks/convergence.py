@@ -52,6 +52,8 @@ class Recipe:
     """Whether DoubleSqueeze takes the optimizer's momentum over: momentum correction."""
     powersgd: int | None = None
     """Rank of DDP's PowerSGD, under horovodrun only."""
+    lr: float = 1.0
+    """Times the task's learning rate: masking forgets velocity, so that momentum correction takes smaller steps."""
 
     def make_squeeze(self, task: Task) -> DoubleSqueeze:
         """A DoubleSqueeze for one worker of a task."""
@@ -65,17 +67,20 @@ class Recipe:
 
     def describe(self, task: Task) -> str:
         """What one would write to repeat it."""
+        rate = "" if self.lr == 1 else f", learning rate x {self.lr}"
         if self.squeeze:
-            return repr(self.make_squeeze(task))
-        return f"DDP PowerSGD, rank {self.powersgd}, from step {POWERSGD_START}" if self.powersgd else "average"
+            return repr(self.make_squeeze(task)) + rate
+        return (f"DDP PowerSGD, rank {self.powersgd}, from step {POWERSGD_START}" if self.powersgd else "average") + rate
 
 
-def _squeeze(*compressor: Any, momentum: bool = False, **options: Any) -> Recipe:
-    return Recipe(functools.partial(DoubleSqueeze, *compressor, **options), momentum)
+def _squeeze(*compressor: Any, momentum: bool = False, lr: float = 1.0, **options: Any) -> Recipe:
+    return Recipe(functools.partial(DoubleSqueeze, *compressor, **options), momentum, lr=lr)
 
 
 RECIPES: dict[str, Recipe] = {
     "none": Recipe(),
+    "none-lr-0.67": Recipe(lr=0.67),
+    "none-lr-1.67": Recipe(lr=1.67),
     "onebit": _squeeze(OneBit()),
     "paper": _squeeze(OneBit(scale="l2", granularity="bucket"), server=0, bucket_cap_mb=None),
     "paper-topk": _squeeze(TopK(k=300_000), server=0, bucket_cap_mb=None),  # of 11171146: for cifar10
@@ -94,7 +99,10 @@ RECIPES: dict[str, Recipe] = {
     "topk-1%-momentum": _squeeze(TopK(0.01), momentum=True),
     "topk-5%-momentum": _squeeze(TopK(0.05), momentum=True),
     "sign-4.5%-momentum": _squeeze(TopK(0.045, values="sign"), momentum=True),
-    "sign-4.5%-momentum-decay": _squeeze(TopK(0.045, values="sign"), momentum=True, error_decay=0.95),
+    "sign-4.5%-momentum-decay-0.98": _squeeze(TopK(0.045, values="sign"), momentum=True, error_decay=0.98),
+    "sign-4.5%-momentum-decay-0.95": _squeeze(TopK(0.045, values="sign"), momentum=True, error_decay=0.95),
+    "sign-4.5%-momentum-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=True, lr=1.67),
+    "sign-18%-momentum-lr-3": _squeeze(TopK(0.18, values="sign"), momentum=True, lr=3.0),
     "sign-18%-momentum": _squeeze(TopK(0.18, values="sign"), momentum=True),
     "cast-bf16": _squeeze(Cast("bf16")),
     "ddp-powersgd-1": Recipe(powersgd=1),
@@ -172,7 +180,7 @@ class InProcess:
 
     def __init__(self, task: Task, recipe: Recipe, workers: int, seed: int) -> None:
         self.model = task.model(seed)
-        self._task, self._workers, self._seed = task, workers, seed
+        self._task, self._recipe, self._workers, self._seed = task, recipe, workers, seed
         self._parameters = list(self.model.parameters())
         self._optimizer = recipe.optimizer(task, self.model)
         # The model's own are worker 0's.
@@ -196,7 +204,7 @@ class InProcess:
                 clip(gradients[-1], self._task.max_norm)
         for p, gradient in zip(self._parameters, self._aggregate(gradients), strict=True):
             p.grad = gradient
-        self._optimizer.param_groups[0]["lr"] = self._task.learning_rate(step)
+        self._optimizer.param_groups[0]["lr"] = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.step()
         self._steps += 1
         return losses
@@ -237,7 +245,7 @@ class Rank:
             gradients = [p.grad for p in self.model.parameters()]
             clip(gradients, self._task.max_norm)
             hvd.grouped_allreduce_(gradients, name="gradients")
-        self._optimizer.param_groups[0]["lr"] = self._task.learning_rate(step)
+        self._optimizer.param_groups[0]["lr"] = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.step()
         self._steps += 1
         return [loss.item()]
@@ -397,6 +405,8 @@ def main() -> None:
             raise ValueError("argument --recipes: " + "; ".join(dict.fromkeys(filter(None, problems.values()))))
         runs = [run for run in runs if not problems[run[:2]]]
         settings = {**made[sizes[0]].settings(), "threads": args.threads}
+        if any(task.settings() != made[sizes[0]].settings() for task in made.values()):
+            raise ValueError(f"argument --workers: {args.task} is another task for each number of them: give one, or --steps")
         cells = Cells(args.json, settings, ("workers", "recipe", "seed", "transport")) if first else None
     except (ValueError, OSError) as error:
         sys.exit(f"convergence: {error}")

@@ -24,7 +24,7 @@ TITLES = {
 
 def timed_method(recipe: str) -> str:
     """What `methods.py` calls a recipe: momentum, decay and compensation change nothing that takes time."""
-    return re.sub(r"-(momentum|decay|uncompensated|warm)\b", "", recipe)
+    return re.sub(r"-(momentum|(decay|lr)-[\d.]+|uncompensated|warm)(?=-|$)", "", recipe)
 
 
 def groups(content: Json) -> dict[tuple[int, str], list[Json]]:
@@ -85,7 +85,15 @@ def rows(content: Json, steps: Json | None) -> Iterator[list[str]]:
         else:
             shown = f"{mean:.4f} (±{(max(metrics) - min(metrics)) / 2:.4f})"
             beside = "" if base is None else f"{mean / base - 1:+.1%}"
-        yield [str(workers), recipe, _bits(cells), str(len(cells)), shown, beside, *_times(task, recipe, cells, reference, steps)]
+        yield [
+            str(workers),
+            recipe,
+            _bits(cells),
+            str(len(cells)),
+            shown,
+            beside,
+            *_times(task, recipe, cells, reference, steps),
+        ]
 
 
 def _order(item: tuple[tuple[int, str], Sequence[Json]]) -> float:

@@ -148,7 +148,7 @@ def _compression(method: str) -> Any:
         if method.startswith("quantize-"):
             return DoubleSqueeze(Quantize(int(number)))
         if method.startswith("sign-"):
-            return DoubleSqueeze(TopK(number / 100, values="sign"), momentum=0.9, error_decay=0.95)
+            return DoubleSqueeze(TopK(number / 100, values="sign"), momentum=0.9, error_decay=0.98)
         return DoubleSqueeze(TopK(number / 100))
     return {
         "none": lambda: hvd.Compression.none,

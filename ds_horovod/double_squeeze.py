@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import FORMAT, load_buckets, save_bucket
-from .compressors import Compressor, OneBit
+from .compressors import Compressor, OneBit, Quantize
 from .exchange import Options
 from .session import GroupTransport, Selection, Session, combine_stats
 
@@ -25,7 +25,8 @@ class DoubleSqueeze:
     Pass the class itself for the defaults, or an instance of your own for each optimizer::
 
         compression=DoubleSqueeze
-        compression=DoubleSqueeze(TopK(0.01))
+        compression=DoubleSqueeze(OneBit())
+        compression=DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)             # the optimizer: momentum=0
         compression=DoubleSqueeze(OneBit(), server_compressor=NoCompression())          # one-way: MEM-SGD
         compression=DoubleSqueeze(TopK(0.01), worker_error=False, server_error=False)   # no compensation
         compression=DoubleSqueeze.paper()                                               # as in the paper
@@ -33,7 +34,8 @@ class DoubleSqueeze:
     Parameters
     ----------
     compressor
-        Of what the workers push. Default ``OneBit()``.
+        Of what the workers push. Default ``Quantize(bits=4)``, which trains every network of docs/results.md like no
+        compression does.
     server_compressor
         Of what the servers reply. Default: the same.
     worker_error, server_error
@@ -82,7 +84,7 @@ class DoubleSqueeze:
         bucket_cap_mb: float | None = 25.0,
         min_numel: int = 4096,
     ) -> None:
-        compressor = OneBit() if compressor is None else compressor
+        compressor = Quantize(bits=4) if compressor is None else compressor
         server_compressor = compressor if server_compressor is None else server_compressor
         for name, value in (("compressor", compressor), ("server_compressor", server_compressor)):
             if not isinstance(value, Compressor):

@@ -1,6 +1,6 @@
 # make train   set everything up, then train real data under horovodrun
 # make test    set everything up, then run all tests
-# make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and 2 hours for all of it.
+# make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and a day for all of it.
 #               What another machine has measured cannot be continued: RESULTS=FOLDER begins anew
 # make results-quick  the same with small models and few steps, in build/results: whether it works, not how fast
 #
@@ -23,7 +23,11 @@ kernel_args := --elements 1000000 --threads 1 --rounds 3
 loopback_args := --num-warmup-batches 1 --num-batches-per-iter 1 --num-iters 2
 train_args := --epochs 2
 bandwidth_args := --quick
+learning_args := --steps 5 --recipes none quantize-4
+timed_args := --quick --methods noop none quantize-4
 else
+learning_args := --seeds 0 1 2
+timed_args := --methods noop none fp16 onebit quantize-4 topk-1% sign-4.5% ddp-powersgd-1 ddp-powersgd-4
 loopback_args := --num-warmup-batches 3 --num-batches-per-iter 4 --num-iters 6
 ifeq ($(RESULTS),benchmarks/results)
 page := docs/results.md
@@ -54,6 +58,11 @@ kernels: setup
 
 results: setup $(addprefix $(RESULTS)/,kernels-cpu.json loopback-mlp-2.json loopback-mlp-4.json train-2.json)
 	$(bin)/python benchmarks/bandwidth.py --json $(RESULTS)/bandwidth.json $(bandwidth_args)
+	$(bin)/python benchmarks/bandwidth.py --json $(RESULTS)/steps-gpt-small.json --models gpt-small --hosts 4 \
+		--rates 1gbit 100mbit $(timed_args)
+	$(bin)/python benchmarks/convergence.py --task digits --workers 4 8 --json $(RESULTS)/convergence-digits.json $(learning_args)
+	$(bin)/python benchmarks/convergence.py --task gpt-sgd --json $(RESULTS)/convergence-gpt-sgd.json $(learning_args)
+	$(bin)/python benchmarks/convergence.py --task gpt-adamw --json $(RESULTS)/convergence-gpt-adamw.json $(learning_args)
 	$(bin)/python benchmarks/model.py $(RESULTS)/bandwidth.json --json $(RESULTS)/model.json
 	$(bin)/python benchmarks/report.py $(RESULTS) $(page) $(report_args)
 

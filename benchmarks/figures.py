@@ -94,6 +94,45 @@ def draw_learning(content: Mapping[str, Any], steps: Mapping[str, Any] | None, w
     _save(figure, path)
 
 
+def draw_speedup(cells: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """How many times fewer steps n workers need than one, beside n; and the norms of the errors on the way.
+
+    Parameters
+    ----------
+    cells
+        Of `speedup.py`, in one process. The errors are those of the first seed.
+    steps
+        What `speedup.efficiencies` makes of them.
+    path
+        Of the figure.
+    """
+    figure, (panel, *norms) = plt.subplots(1, 3, figsize=(12, 4))
+    reached = [e for e in steps if e["efficiency"]]
+    sizes = sorted({e["workers"] for e in reached})
+    for recipe in dict.fromkeys(e["recipe"] for e in reached):
+        color, line = _STYLES.get(recipe, ("tab:purple", "-"))
+        points = [(e["workers"], e["workers"] * e["efficiency"]) for e in reached if e["recipe"] == recipe]
+        what = "uncompressed" if recipe == "none" else label(recipe)
+        panel.plot(*zip(*points, strict=True), line, color=color, marker=".", label=what)
+    panel.plot(sizes, sizes, "k:", linewidth=0.7, label="ideal")
+    panel.set(xscale="log", yscale="log", xlabel="workers", ylabel="steps of one worker / steps")
+    panel.set_xticks(sizes, map(str, sizes), minor=False)
+    panel.legend(frameon=False)
+    first = min(cell["seed"] for cell in cells)
+    squeezed = [c for c in cells if c["seed"] == first and c["looks"] and c["looks"][-1]["worker_error_norm"]]
+    ends = {min(c["workers"] for c in squeezed), max(c["workers"] for c in squeezed)} if squeezed else set()
+    for norms_panel, key in zip(norms, ("worker_error_norm", "server_error_norm"), strict=True):
+        for cell in sorted((c for c in squeezed if c["workers"] in ends), key=lambda c: (c["recipe"], c["workers"])):
+            color, _ = _STYLES.get(cell["recipe"], ("tab:purple", "-"))
+            line = "-" if cell["workers"] == max(ends) else "--"
+            x = [look["step"] / cell["looks"][-1]["step"] for look in cell["looks"]]
+            what = f"{label(cell['recipe'])}, {cell['workers']} workers"
+            norms_panel.plot(x, [look[key] for look in cell["looks"]], line, color=color, linewidth=1, label=what)
+        norms_panel.set(xlabel="part of the way", ylabel=key.replace("_", " "), ylim=(0, None))
+    norms[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _save(figure, path)
+
+
 def draw_fit(model: Mapping[str, Any], path: Path) -> None:
     """Predicted over measured steps, for the clusters that were fitted and for those that were not."""
     figure, panel = plt.subplots(figsize=(4.5, 4))

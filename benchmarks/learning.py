@@ -17,7 +17,7 @@ TIMED_MODEL = {"gpt-sgd": "gpt-small", "gpt-adamw": "gpt-small"}
 TITLES = {
     "digits": "Handwritten digits, a small CNN with BatchNorm",
     "gpt-sgd": "A small transformer on the Python standard library, SGD with momentum",
-    "gpt-adamw": "The same with AdamW",
+    "gpt-adamw": "A small transformer on the Python standard library, AdamW",
     "cifar10": "CIFAR-10, PreActResNet18",
 }
 

@@ -256,7 +256,7 @@ def training_table(training: Json) -> str:
 
 def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
     """The section about learning."""
-    tasks = [content for name, content in results.items() if name.startswith("convergence-") and content["cells"]]
+    tasks = [results[name] for name in (f"convergence-{task}" for task in TITLES) if name in results and results[name]["cells"]]
     if not tasks:
         return
     yield "## Learning"

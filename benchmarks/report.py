@@ -261,7 +261,8 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
         return
     yield "## Learning"
     yield (
-        "The same number of steps, data and learning rates for all recipes (`benchmarks/convergence.py` says what they are); "
+        "The same steps, data and learning rates for all recipes (`benchmarks/convergence.py` says what they are; *lr-x* is x "
+        "times the learning rate, which is as good as any for uncompressed training, as its own row says); "
         "n workers, most of them in one process, with the exchange that they would run under Horovod. *Bits per compressed "
         "element* are those of what is compressed, mean of push and reply; biases and norms travel beside it as they are. "
         "Metrics are means over seeds, with half of the range between them. *Minutes*: until the smoothed training loss is "

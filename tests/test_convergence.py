@@ -1,5 +1,6 @@
 """The experiments on convergence: their tasks, the loader of CIFAR-10, both transports, and files that are continued."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -280,7 +281,7 @@ def test_bytes_of_a_run():
 
 def test_a_run_that_diverges_is_kept(monkeypatch):
     task = tasks.make("digits", 2, steps=3)
-    broken = tasks.Task(**{**vars(task), "learning_rate": lambda step: math.inf})
+    broken = dataclasses.replace(task, learning_rate=lambda step: math.inf)
     result = convergence.train(broken, Recipe(), 2, 0, False, lambda: None)
     assert result["losses"][0] is not None and result["losses"][1:] == [None, None]
     json.dumps(result, allow_nan=False)
@@ -311,10 +312,10 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
     file = tmp_path / "x.json"
     recipes = ["none", "onebit", "topk-1%-momentum"]
     arguments = ["--task", "digits", "--steps", "20", "--seeds", "1", "--json", str(file), "--recipes", *recipes]
-    horovodrun(2, "benchmarks/convergence.py", *arguments)
+    horovodrun(2, "benchmarks/convergence.py", *arguments, "ddp-powersgd-1")
     assert main(monkeypatch, *arguments, "--workers", "2") == [(RECIPES[name], 2, 1) for name in recipes]
     cells = {(cell["recipe"], cell["transport"]): cell for cell in json.loads(file.read_text())["cells"]}
-    assert len(cells) == 6
+    assert len(cells) == 7
     for name in recipes:
         real, simulated = cells[name, "horovod"], cells[name, "in-process"]
         assert len(real["losses"]) == 20 and real["losses"][-1] < real["losses"][0] / 2
@@ -322,29 +323,36 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
         assert real["bytes_sent"] == simulated["bytes_sent"]
         for a, b in zip(real["points"], simulated["points"], strict=True):
             assert {**a, "metric": 0} == pytest.approx({**b, "metric": 0}, rel=1e-3)
+    # PowerSGD begins with steps in which gradients travel as they are.
+    start, powersgd = convergence.POWERSGD_START, cells["ddp-powersgd-1", "horovod"]
+    dense = cells["none", "horovod"]["losses"]
+    assert powersgd["losses"][: start + 1] == pytest.approx(dense[: start + 1], rel=1e-3)
+    assert powersgd["losses"][start + 1 :] != pytest.approx(dense[start + 1 :], rel=1e-3)
+    assert 32 * start / 20 < powersgd["bits_per_element"] < 32 * (start + 2) / 20
 
     # What is there is not run again, and a run more is added.
     before, _ = file.read_text(), capsys.readouterr()
     assert main(monkeypatch, *arguments, "--workers", "2") == []
     assert file.read_text() == before and "topk-1%-momentum" in capsys.readouterr().out
     assert main(monkeypatch, *arguments, "topk-1%", "--workers", "2") == [(RECIPES["topk-1%"], 2, 1)]
-    assert len(json.loads(file.read_text())["cells"]) == 7
+    assert len(json.loads(file.read_text())["cells"]) == 8
     # Other settings are refused.
     with pytest.raises(SystemExit, match="cannot be continued: steps 20 there, 21 here"):
         main(monkeypatch, *arguments, "--steps", "21")
 
 
-def test_powersgd_on_ranks(tmp_path):
+def test_powersgd_clips_what_each_rank_gives(tmp_path):
     file = tmp_path / "x.json"
-    arguments = ["--task", "gpt-sgd", "--steps", "13", "--json", str(file), "--recipes", "ddp-powersgd-1"]
+    arguments = ["--task", "gpt-sgd", "--steps", "3", "--json", str(file), "--recipes", "ddp-powersgd-1"]
     horovodrun(2, "benchmarks/convergence.py", *arguments)
     (cell,) = json.loads(file.read_text())["cells"]
-    # It sends gradients as they are for ten steps: clipped by each rank, and averaged, as without it.
-    team = InProcess(tasks.make("gpt-sgd", 2, steps=13), RECIPES["none"], 2, 0)
-    dense = [sum(team.step(step)) / 2 for step in range(13)]
-    assert cell["losses"][:11] == pytest.approx(dense[:11], rel=1e-3)
-    assert cell["losses"][11:] != pytest.approx(dense[11:], rel=1e-4)
-    assert 32 * 10 / 13 < cell["bits_per_element"] < 32 * 11 / 13
+    task = tasks.make("gpt-sgd", 2, steps=3)
+    losses = {}
+    for max_norm in (1.0, None):
+        team = InProcess(dataclasses.replace(task, max_norm=max_norm), RECIPES["none"], 2, 0)
+        losses[max_norm] = [sum(team.step(step)) / 2 for step in range(3)]
+    assert cell["losses"] == pytest.approx(losses[1.0], rel=1e-4)
+    assert cell["losses"] != pytest.approx(losses[None], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def run(recipe, steps=6, workers=2, task="digits"):
     return convergence.train(tasks.make(task, workers, steps), RECIPES[recipe], workers, 0, False, lambda: None)
 
 
-@pytest.mark.parametrize("recipe", ["none", "onebit", "qsgd", "topk-1%-momentum"])
+@pytest.mark.parametrize("recipe", ["none", "onebit", "qsgd", "quantize-4", "sign-4.5%-momentum"])
 def test_runs_repeat_themselves(recipe):
     first, second = run(recipe), run(recipe)
     del first["seconds"], second["seconds"]
@@ -310,12 +310,12 @@ def main(monkeypatch, *arguments):
 
 def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
     file = tmp_path / "x.json"
-    recipes = ["none", "onebit", "topk-1%-momentum"]
+    recipes = ["none", "onebit", "quantize-4", "topk-1%-momentum", "sign-4.5%-momentum"]
     arguments = ["--task", "digits", "--steps", "20", "--seeds", "1", "--json", str(file), "--recipes", *recipes]
     horovodrun(2, "benchmarks/convergence.py", *arguments, "ddp-powersgd-1")
     assert main(monkeypatch, *arguments, "--workers", "2") == [(RECIPES[name], 2, 1) for name in recipes]
     cells = {(cell["recipe"], cell["transport"]): cell for cell in json.loads(file.read_text())["cells"]}
-    assert len(cells) == 7
+    assert len(cells) == 2 * len(recipes) + 1
     for name in recipes:
         real, simulated = cells[name, "horovod"], cells[name, "in-process"]
         assert len(real["losses"]) == 20 and real["losses"][-1] < real["losses"][0] / 2
@@ -323,9 +323,11 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
         assert real["bytes_sent"] == simulated["bytes_sent"]
         for a, b in zip(real["points"], simulated["points"], strict=True):
             assert {**a, "metric": 0} == pytest.approx({**b, "metric": 0}, rel=1e-3)
+    # Without compression only the order of sums differs, and no small difference becomes another bit.
+    dense = cells["none", "horovod"]["losses"]
+    assert dense == pytest.approx(cells["none", "in-process"]["losses"], rel=1e-4, abs=1e-6)
     # PowerSGD begins with steps in which gradients travel as they are.
     start, powersgd = convergence.POWERSGD_START, cells["ddp-powersgd-1", "horovod"]
-    dense = cells["none", "horovod"]["losses"]
     assert powersgd["losses"][: start + 1] == pytest.approx(dense[: start + 1], rel=1e-3)
     assert powersgd["losses"][start + 1 :] != pytest.approx(dense[start + 1 :], rel=1e-3)
     assert 32 * start / 20 < powersgd["bits_per_element"] < 32 * (start + 2) / 20
@@ -335,7 +337,7 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, *arguments, "--workers", "2") == []
     assert file.read_text() == before and "topk-1%-momentum" in capsys.readouterr().out
     assert main(monkeypatch, *arguments, "topk-1%", "--workers", "2") == [(RECIPES["topk-1%"], 2, 1)]
-    assert len(json.loads(file.read_text())["cells"]) == 8
+    assert len(json.loads(file.read_text())["cells"]) == len(cells) + 1
     # Other settings are refused.
     with pytest.raises(SystemExit, match="cannot be continued: steps 20 there, 21 here"):
         main(monkeypatch, *arguments, "--steps", "21")
@@ -383,6 +385,15 @@ def test_plain_sgd_has_no_momentum_to_correct(cifar10):
     task = tasks.TASKS["cifar10"](1, 1, cifar10, batch_size=5)
     problem = convergence.recipe_problem("topk-1%-momentum", task, 8, ranks=False)
     assert problem == "topk-1%-momentum needs a task with momentum, which cifar10 has not"
+
+
+def test_the_command_refuses_momentum_for_plain_sgd(tmp_path, monkeypatch):
+    write_cifar10(tmp_path / "data", images=103)  # two batches of 256
+    arguments = ["--task", "cifar10", "--data", str(tmp_path / "data"), "--workers", "2", "--json", str(tmp_path / "x.json")]
+    message = "argument --recipes: sign-4.5%-momentum needs a task with momentum, which cifar10 has not"
+    with pytest.raises(SystemExit, match=message):
+        main(monkeypatch, *arguments, "--recipes", "none", "sign-4.5%-momentum")
+    assert not (tmp_path / "x.json").exists()
 
 
 # ---- the file of cells

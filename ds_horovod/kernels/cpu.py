@@ -20,6 +20,9 @@ except ImportError as error:
         "ds_horovod's compiled kernels are missing; install the package (pip install .) instead of importing its sources"
     ) from error
 
+HOST = True
+"""Whether the host may look at results without waiting for them."""
+
 _ELEMENTS_PER_THREAD = 1 << 20  # some tenths of a millisecond: less is not worth waking a thread
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -111,6 +114,10 @@ def _bytes(payload: Tensor) -> tuple[int, int]:
     if payload.dtype != torch.uint8 or not payload.is_contiguous():
         raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
     return payload.data_ptr(), payload.numel()
+
+
+def prepare(family: str, layout: Layout, device: torch.device) -> None:
+    """Makes ready what takes long: nothing."""
 
 
 def one_bit_encode(

@@ -26,6 +26,7 @@ from .formats import (
     TopKFormat,
 )
 
+HOST = True  # as in `cpu`
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max

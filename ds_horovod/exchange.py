@@ -185,7 +185,7 @@ class Flight(Generic[Handle]):
         self._compressor, self._server_compressor = exchange.compressors()
         shards = exchange.layout.shards
         self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
-        # Kept until the reply is there: see _undo.
+        # Kept until the reply is there, for take_back.
         self._payload = exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout))
         self._reply: Tensor | None = None
         self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
@@ -233,8 +233,10 @@ class Flight(Generic[Handle]):
         exchange = self._exchange
         start = time.perf_counter()
         if self._gradients is not None:
-            if exchange.worker.error is not None and not self._server_compressor.is_within(exchange.layout, replies):
-                self._undo(replies, exchange.worker.error)
+            if exchange.worker.error is not None:
+                lost = self._server_compressor.lost(exchange.layout, replies)
+                if lost is not None:
+                    self._compressor.take_back(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
             self._server_compressor.decode(exchange.layout, replies, self._gradients)
         exchange.totals.decode_seconds += time.perf_counter() - start
         own = exchange.transport.serves is not None
@@ -245,33 +247,3 @@ class Flight(Generic[Handle]):
             if self._reply is not None:
                 exchange.put_back(self._reply)
         self.landed = True
-
-    def _undo(self, replies: Tensor, worker_error: Tensor) -> None:
-        """Takes this step back from the worker's memory where the reply is not finite: e = (e' + Q[v] - g) / decay.
-
-        What this rank sent there is lost through no fault of its own, and an overflow step, which a GradScaler skips,
-        must not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. This is
-        rare, so it may take full-size temporaries.
-        """
-        assert self._gradients is not None
-        exchange, layout = self._exchange, self._exchange.layout
-        arrived = [torch.empty(n, device=replies.device) for n in layout.numels]
-        sent = [torch.empty(n, device=replies.device) for n in layout.numels]
-        self._server_compressor.decode(layout, replies, arrived)
-        self._compressor.decode(layout, self._payload, sent)
-        decay = exchange.options.error_decay
-        for offset, gradient, got, own in zip(layout.offsets, self._gradients, arrived, sent, strict=True):
-            here = slice(offset, offset + len(got))
-            g = gradient.view(-1).float()
-            lost = ~got.isfinite() & own.isfinite() & g.isfinite()
-            e = worker_error[here]
-            if exchange.velocity is None:
-                e[lost] = (e[lost] + own[lost] - g[lost]) / decay
-                continue
-            u = exchange.velocity[here]
-            forgotten = (own != 0) if self._compressor.sparse else torch.zeros_like(lost)
-            kept = lost & ~forgotten
-            e[kept] = (e[kept] + own[kept] - u[kept]) / decay
-            u[kept] = (u[kept] - g[kept]) / exchange.options.momentum
-            gone = lost & forgotten
-            e[gone] = (e[gone] + own[gone] - g[gone]) / decay

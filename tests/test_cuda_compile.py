@@ -10,9 +10,11 @@ from ds_horovod.kernels import launch
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="pip install 'ds-horovod[test]'")
 
 FAMILIES = sorted(path.stem for path in (Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
+QUANTIZE = [(f"-DBITS={bits}", "-DSTOCHASTIC=0", "-DL2=0") for bits in (0, 2, 3, 4, 8)]
+QUANTIZE += [("-DBITS=8", "-DSTOCHASTIC=1", "-DL2=0"), ("-DBITS=0", "-DSTOCHASTIC=1", "-DL2=1")]
+SOURCES = [(family, options) for family in FAMILIES for options in (QUANTIZE if family == "quantize" else [()])]
 ARCHITECTURES = (75, 80, 90, 100)
-# 64 let 1024 threads of an SM's 65536 registers work at once: 8 KiB of reads under way for each turn of theirs, four times
-# what an H100 needs to keep its memory busy.
+# So 1024 threads share an SM's 65536 registers, each with 32 to 64 bytes of reads under way.
 MOST_REGISTERS = 64
 MOST_SHARED = 48 * 1024
 
@@ -23,10 +25,10 @@ def checked(result):
     return values[0] if values else None
 
 
-def compile_log(source, architecture):
+def compile_log(source, architecture, more=()):
     """What the assembler says of each kernel."""
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
-    options = [*launch.OPTIONS, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"]
+    options = [*launch.OPTIONS, *more, "-ftz=true", f"-arch=sm_{architecture}", "--ptxas-options=-v"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
     checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -45,10 +47,10 @@ def usage(log):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_within_the_budget(family, architecture):
+@pytest.mark.parametrize("family, options", SOURCES)
+def test_compiles_within_the_budget(family, options, architecture):
     source = launch.sources(family)
-    found = usage(compile_log(source, architecture))
+    found = usage(compile_log(source, architecture, options))
     assert len(found) == source.count('extern "C" __global__') > 0
     for name, (stack, registers, shared) in found.items():
         assert stack == [0, 0, 0], f"{name}: {stack} bytes of stack frame, spill stores and spill loads"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def _bytes(payload: Tensor) -> tuple[int, int]:
     return payload.data_ptr(), payload.numel()
 
 
-def prepare(family: str, layout: Layout, device: torch.device) -> None:
+def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
     """Makes ready what takes long: nothing."""
 
 

@@ -33,8 +33,8 @@ class Kernel(Protocol):
 class Device(Protocol):
     """What a launch needs of a device."""
 
-    def kernel(self, family: str, name: str) -> Kernel:
-        """A kernel of ``csrc/cuda/<family>.cu``."""
+    def kernel(self, family: str, name: str, options: tuple[str, ...] = ()) -> Kernel:
+        """A kernel of ``csrc/cuda/<family>.cu``, compiled with more options, once for each family and options."""
 
     def stream(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the device the current one, and gives its current stream as `Kernel` takes it."""
@@ -78,17 +78,19 @@ class _CudaDevice:
                 f"DoubleSqueeze needs a GPU of compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, "
                 f"{torch.cuda.get_device_name(device)} ({device}) has {capability[0]}.{capability[1]}"
             )
-        self._modules: dict[str, Any] = {}
-        self._kernels: dict[tuple[str, str], Any] = {}
+        self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._kernels: dict[tuple[str, tuple[str, ...], str], Any] = {}
 
-    def kernel(self, family: str, name: str) -> Kernel:
-        found = self._kernels.get((family, name))
+    def kernel(self, family: str, name: str, options: tuple[str, ...] = ()) -> Kernel:
+        found = self._kernels.get((family, options, name))
         if found is None:
             with torch.cuda.device(self._device):
-                if family not in self._modules:
-                    self._modules[family] = self._cupy.RawModule(code=sources(family), options=OPTIONS)
-                    self._modules[family].compile()
-                found = self._kernels[family, name] = self._modules[family].get_function(name)
+                module = self._modules.get((family, options))
+                if module is None:
+                    module = self._cupy.RawModule(code=sources(family), options=(*OPTIONS, *options))
+                    module.compile()
+                    self._modules[family, options] = module
+                found = self._kernels[family, options, name] = module.get_function(name)
         return found  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
@@ -126,7 +128,7 @@ def _import_cupy() -> Any:
 # ---- arguments
 
 
-def struct(fields: Sequence[tuple[str, Any]] | Sequence[tuple[Any, ...]]) -> np.dtype[Any]:
+def struct(*fields: tuple[Any, ...]) -> np.dtype[Any]:
     """The twin of a C struct."""
     return np.dtype(list(fields), align=True)
 
@@ -136,7 +138,7 @@ def by_value(dtype: np.dtype[Any], *values: Any) -> np.ndarray[Any, Any]:
     return np.array([values], dtype=dtype)
 
 
-_TENSORS = struct([("dtype", np.int64), ("many", np.uint64), ("few", np.uint64, (FEW,))])
+_TENSORS = struct(("dtype", np.int64), ("many", np.uint64), ("few", np.uint64, (FEW,)))
 
 
 def tensors_argument(device: Device, dtype: int, addresses: Sequence[int]) -> tuple[np.ndarray[Any, Any], torch.Tensor | None]:
@@ -149,7 +151,7 @@ def tensors_argument(device: Device, dtype: int, addresses: Sequence[int]) -> tu
     return by_value(_TENSORS, dtype, table.data_ptr(), few), table
 
 
-def launch(device: Device, family: str, name: str, blocks: tuple[int, int], *args: Any) -> None:
+def launch(device: Device, kernel: Kernel, blocks: tuple[int, int], *args: Any) -> None:
     """Starts a kernel on the device's current stream: a grid of blocks of `THREADS` threads.
 
     Raises
@@ -160,6 +162,6 @@ def launch(device: Device, family: str, name: str, blocks: tuple[int, int], *arg
     if not blocks[0] or not blocks[1]:
         return
     if blocks[0] >= 2**31 or blocks[1] >= 2**16:
-        raise ValueError(f"{name}: a grid of {blocks} blocks; CUDA starts at most (2147483647, 65535)")
+        raise ValueError(f"a grid of {blocks} blocks; CUDA starts at most (2147483647, 65535)")
     with device.stream() as stream:
-        device.kernel(family, name)(blocks, (THREADS,), args, stream=stream)
+        kernel(blocks, (THREADS,), args, stream=stream)

@@ -93,13 +93,15 @@ class EmulatedDevice:
         self.launches: list[str] = []
         """Names of the kernels, in order."""
         self._flags, self._mutate = flags, mutate
-        self._libraries: dict[str, ctypes.CDLL] = {}
+        self._libraries: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = {}
 
-    def kernel(self, family: str, name: str) -> EmulatedKernel:
-        if family not in self._libraries:
+    def kernel(self, family: str, name: str, options: tuple[str, ...] = ()) -> EmulatedKernel:
+        library = self._libraries.get((family, options))
+        if library is None:
             source = self._mutate(family, launch.sources(family))
-            self._libraries[family] = ctypes.CDLL(str(compile_shared(source, self._flags)))
-        return EmulatedKernel(self, name, getattr(self._libraries[family], f"emulated_{name}"))
+            library = ctypes.CDLL(str(compile_shared(source, (*self._flags, *options))))
+            self._libraries[family, options] = library
+        return EmulatedKernel(self, name, getattr(library, f"emulated_{name}"))
 
     def stream(self):
         return contextlib.nullcontext()

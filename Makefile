@@ -25,6 +25,7 @@ train_args := --epochs 2
 bandwidth_args := --quick
 learning_args := --steps 5 --recipes none quantize-4
 timed_args := --quick --methods noop none quantize-4
+speedup_args := --workers 1 2 --seeds 0
 else
 learning_args := --seeds 0 1 2
 timed_args := --methods noop none fp16 onebit quantize-4 topk-1% sign-4.5% ddp-powersgd-1 ddp-powersgd-4
@@ -63,6 +64,7 @@ results: setup $(addprefix $(RESULTS)/,kernels-cpu.json loopback-mlp-2.json loop
 	$(bin)/python benchmarks/convergence.py --task digits --workers 4 8 --json $(RESULTS)/convergence-digits.json $(learning_args)
 	$(bin)/python benchmarks/convergence.py --task gpt-sgd --json $(RESULTS)/convergence-gpt-sgd.json $(learning_args)
 	$(bin)/python benchmarks/convergence.py --task gpt-adamw --json $(RESULTS)/convergence-gpt-adamw.json $(learning_args)
+	$(bin)/python benchmarks/speedup.py --json $(RESULTS)/speedup.json $(speedup_args)
 	$(bin)/python benchmarks/model.py $(RESULTS)/bandwidth.json --json $(RESULTS)/model.json
 	$(bin)/python benchmarks/report.py $(RESULTS) $(page) $(report_args)
 

@@ -1,4 +1,4 @@
-"""What the page of results says of learning: from the JSON of `convergence.py`, and steps timed by `bandwidth.py`."""
+"""What page and README say of learning: JSON of `convergence.py` and `speedup.py`, and steps timed by `bandwidth.py`."""
 
 from __future__ import annotations
 
@@ -71,29 +71,29 @@ def rows(content: Json, steps: Json | None) -> Iterator[list[str]]:
     """The table of a task."""
     task, found = content["settings"]["task"], groups(content)
     for (workers, recipe), cells in sorted(found.items(), key=lambda item: (item[0][0], _order(item))):
-        metrics = [cell["metric"] for cell in cells]
         reference = found.get((workers, "none"))
-        same = [c["metric"] for c in reference or [] if c["seed"] in {cell["seed"] for cell in cells}]
-        base = statistics.fmean(same) if len(same) == len(cells) else None
-        if None in metrics:
-            yield [str(workers), recipe, _bits(cells), str(len(cells)), "diverged", "", *("" for _ in RATES)]
-            continue
-        mean = statistics.fmean(metrics)
-        if is_accuracy(content):
-            shown = f"{mean:.2%} (±{(max(metrics) - min(metrics)) / 2:.2%})"
-            beside = "" if base is None else f"{100 * (mean - base):+.2f} points"
-        else:
-            shown = f"{mean:.4f} (±{(max(metrics) - min(metrics)) / 2:.4f})"
-            beside = "" if base is None else f"{mean / base - 1:+.1%}"
-        yield [
-            str(workers),
-            recipe,
-            _bits(cells),
-            str(len(cells)),
-            shown,
-            beside,
-            *_times(task, recipe, cells, reference, steps),
-        ]
+        shown, beside = _metric(content, cells, reference, spread=True)
+        times = _times(task, recipe, cells, reference, steps)
+        yield [str(workers), recipe, _bits(cells), str(len(cells)), shown, beside, *times]
+        if recipe == "none" and any(times):
+            yield [str(workers), "none, fp16", "16", "", "as none", "", *_times(task, "fp16", cells, reference, steps)]
+
+
+def _metric(content: Json, cells: Sequence[Json], reference: Sequence[Json] | None, spread: bool = False) -> tuple[str, str]:
+    """The mean over the seeds, and how it compares with that of uncompressed training with the same seeds."""
+    metrics = [cell["metric"] for cell in cells]
+    if None in metrics:
+        return "diverged", ""
+    same = [c["metric"] for c in reference or [] if c["seed"] in {cell["seed"] for cell in cells}]
+    base = statistics.fmean(same) if len(same) == len(cells) else None
+    mean, half = statistics.fmean(metrics), (max(metrics) - min(metrics)) / 2
+    if is_accuracy(content):
+        shown, around = f"{mean:.2%}", f" (±{half:.2%})"
+        beside = "" if base is None else f"{100 * (mean - base):+.2f} points"
+    else:
+        shown, around = f"{mean:.4f}", f" (±{half:.4f})"
+        beside = "" if base is None else f"{mean / base - 1:+.1%}"
+    return shown + around * (spread and len(cells) > 1), beside
 
 
 def _order(item: tuple[tuple[int, str], Sequence[Json]]) -> float:
@@ -128,3 +128,107 @@ def header(content: Json) -> list[str]:
         "beside none",
         *(f"minutes at {rate}" for rate in RATES),
     ]
+
+
+def both_ways(content: Json) -> str:
+    """How far apart the metrics of real ranks and of workers in one process are, for recipes and seeds that ran both ways."""
+    found: dict[tuple[int, str, int], dict[str, float]] = {}
+    for cell in content["cells"]:
+        if cell["metric"] is not None:
+            found.setdefault((cell["workers"], cell["recipe"], cell["seed"]), {})[cell["transport"]] = cell["metric"]
+    pairs = {key: own for key, own in found.items() if len(own) == 2}
+    alone = sorted({recipe for (_, recipe, _), own in found.items() if "horovod" in own and (len(own) == 1)})
+    if not pairs:
+        return ""
+    differences = {key: abs(own["horovod"] - own["in-process"]) for key, own in pairs.items()}
+    worst = max(differences, key=lambda key: differences[key])
+    how = f"{100 * differences[worst]:.2f} points" if is_accuracy(content) else f"{differences[worst]:.4f}"
+    recipes = sorted({recipe for _, recipe, _ in pairs})
+    text = (
+        f"On ranks of their own under `horovodrun` and in one process: {', '.join(recipes)}. The metrics of the two differ by "
+        f"{how} at most ({worst[1]}), for sums are taken in another order, which training amplifies."
+    )
+    return text + (f" On ranks only: {', '.join(alone)}." if alone else "")
+
+
+# ---- linear speed-up
+
+
+def efficiencies(cells: Sequence[Json]) -> list[dict[str, Any]]:
+    """Of each recipe and number of workers: ``steps``, mean over the seeds; ``efficiency``: steps of one worker over n times
+    those; ``relative``: efficiency over that of uncompressed SGD with as many workers.
+
+    One worker compresses nothing, so that its steps are those of uncompressed SGD for every recipe. None is what cannot be
+    said: a run has not reached the target, or is not there.
+    """
+    runs: dict[tuple[str, int], list[int | None]] = {}
+    for cell in cells:
+        runs.setdefault((cell["recipe"], cell["workers"]), []).append(cell["steps"])
+    steps = {key: None if None in own else statistics.fmean(own) for key, own in runs.items()}
+    one = steps.get(("none", 1))
+    found = []
+    for (recipe, workers), mean in sorted(steps.items()):
+        uncompressed = steps.get(("none", workers))
+        found.append(
+            {
+                "recipe": recipe,
+                "workers": workers,
+                "steps": mean,
+                "efficiency": one / (workers * mean) if one and mean else None,
+                "relative": uncompressed / mean if uncompressed and mean else None,
+            }
+        )
+    return found
+
+
+# ---- advice
+
+
+ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("for comparison", "none", dict.fromkeys(TITLES, "none")),
+    ("any network, any model: the default", "`DoubleSqueeze`", dict.fromkeys(TITLES, "quantize-4")),
+    (
+        "slow networks; SGD with momentum=0 and 5/3 of the learning rate",
+        '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)`',
+        {"digits": "sign-4.5%-momentum", "gpt-sgd": "sign-4.5%-momentum-lr-1.67"},
+    ),
+    (
+        "slow networks; AdamW with beta1=0",
+        '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9, error_decay=0.98)`',
+        {"gpt-adamw": "sign-4.5%-momentum-decay-0.98"},
+    ),
+    (
+        "AdamW with beta1=0, where not a per cent may be lost",
+        '`DoubleSqueeze(TopK(0.18, values="sign"), momentum=0.9)`',
+        {"gpt-adamw": "sign-18%-momentum"},
+    ),
+    ("convolutional and dense networks only", "`DoubleSqueeze(OneBit())`", dict.fromkeys(TITLES, "onebit")),
+    ("for comparison", "DDP PowerSGD, rank 1", dict.fromkeys(TITLES, "ddp-powersgd-1")),
+    ("for comparison", "DDP PowerSGD, rank 4", dict.fromkeys(TITLES, "ddp-powersgd-4")),
+)
+"""For what, what to write, and the recipe that was run of each task."""
+ADVISED = {"digits": ("CNN", 8), "gpt-sgd": ("transformer, SGD", 4), "gpt-adamw": ("transformer, AdamW", 4)}
+"""Tasks of the advice: what they stand for, and how many workers."""
+
+
+def advice(results: Mapping[str, Json]) -> tuple[list[str], list[list[str]]]:
+    """Which compression for which network and model: the header and rows of a table."""
+    steps, lines = results.get("steps-gpt-small"), []
+    for purpose, what, recipes in ADVICE:
+        bits, columns, minutes = "", [], {rate: [] for rate in RATES}
+        for task, (_, workers) in ADVISED.items():
+            content = results.get(f"convergence-{task}")
+            found = groups(content) if content else {}
+            cells = found.get((workers, recipes.get(task, "")))
+            if content is None or not cells:
+                columns.append("")
+                continue
+            bits = _bits(cells)
+            shown, beside = _metric(content, cells, found.get((workers, "none")))
+            columns.append(shown if what == "none" or not beside else f"{shown}, {beside}")
+            for rate, time in zip(RATES, _times(task, recipes[task], cells, found.get((workers, "none")), steps), strict=True):
+                minutes[rate] += [time] if time else []
+        if any(columns):
+            lines.append([purpose, what, bits, *columns, *(" / ".join(minutes[rate]) for rate in RATES)])
+    names = [f"{name}: {results[f'convergence-{task}']['settings']['metric']}" for task, (name, _) in ADVISED.items()]
+    return ["for", "compression", "bits", *names, *(f"minutes at {rate}" for rate in RATES)], lines

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster import UNSHAPED, bits_per_second
-from figures import draw_bandwidth, draw_fit, draw_learning, draw_scaling, label
-from learning import HOSTS, TITLES, header, rows
+from figures import draw_bandwidth, draw_fit, draw_learning, draw_scaling, draw_speedup, label
+from learning import HOSTS, TITLES, advice, both_ways, efficiencies, header, rows
 
 MODELS = {
     "mlp": "MLP, 28.3 million parameters",
@@ -24,7 +24,7 @@ MODELS = {
     "gpt": "GPT, 3.3 million parameters",
 }
 Json = Mapping[str, Any]
-BEGIN, END = "<!-- figures from benchmarks/results: make results -->", "<!-- end of figures -->"
+END = "<!-- end -->"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -279,10 +279,45 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
         )
         yield f"![Training loss over steps, bytes and time](FIGURES/{name}.svg)"
         yield table(header(content), list(rows(content, results.get("steps-gpt-small"))))
+        if ranks := both_ways(content):
+            yield ranks
 
 
-def readme_part(results: Mapping[str, Json]) -> str:
-    """What the README says in figures."""
+def speedup_parts(content: Json) -> Iterator[str]:
+    """The section about linear speed-up."""
+    settings, cell = content["settings"], content["cells"][0]
+    yield "## Linear speed-up"
+    yield (
+        f"Steps to a training loss of {settings['target']}: {settings['data']}; batches of {settings['batch_size']} for each "
+        f"worker, plain SGD, learning rate {settings['learning_rate_of_one']} times the number of workers, "
+        "which the paper's theory asks for (`benchmarks/speedup.py` says why). Means over seeds. *Efficiency*: the steps of "
+        f"one worker over n times those of n workers. {cell['machine']['processor']}; {cell['date'][:10]}"
+    )
+    yield "![Steps of one worker over steps of n, and the norms of the errors](FIGURES/speedup.svg)"
+    for transport, how in (("in-process", "Workers in one process"), ("horovod", "Ranks under `horovodrun`")):
+        lines = []
+        for e in efficiencies([c for c in content["cells"] if c["transport"] == transport or c["workers"] == 1]):
+            numbers = [(e["steps"], ".0f"), (e["efficiency"], ".2f"), (e["relative"], ".2f")]
+            shown = ["-" if value is None else f"{value:{how}}" for value, how in numbers]
+            lines.append([label(e["recipe"]) if e["recipe"] != "none" else "uncompressed", str(e["workers"]), *shown])
+        if any(c["transport"] == transport for c in content["cells"]):
+            yield how + ":"
+            yield table(["recipe", "workers", "steps", "efficiency", "of uncompressed SGD's"], lines)
+
+
+def readme_advice(results: Mapping[str, Json]) -> str:
+    """Which compression for which network and model, for the README."""
+    return "\n\n".join(
+        [
+            table(*advice(results)),
+            "*Minutes*: until the training loss of the transformer is within 2 % of where uncompressed training ends, with "
+            "SGD / AdamW, on 4 hosts that share 2 cores.",
+        ]
+    )
+
+
+def readme_figures(results: Mapping[str, Json]) -> str:
+    """What to expect, for the README."""
     content, model = results["bandwidth"], results["model"]
     cells, rates = _by_cell(content), (UNSHAPED, "1gbit", "100mbit")
     methods = ("none", "fp16", "onebit", "topk-1%", "topk-0.1%", "ddp", "ddp-fp16", "ddp-powersgd-1", "ddp-powersgd-4", "noop")
@@ -344,6 +379,8 @@ def page(results: Mapping[str, Json]) -> str:
     if "model" in results:
         parts += ["## Beyond one machine", *model_section(results["model"])]
     parts += learning_parts(results)
+    if "speedup" in results:
+        parts += speedup_parts(results["speedup"])
     loopback = {name: content for name, content in results.items() if name.startswith("loopback")}
     if loopback:
         some = next(iter(loopback.values()))
@@ -363,7 +400,7 @@ def page(results: Mapping[str, Json]) -> str:
 
 
 def main() -> None:
-    """Writes page, figures, and the part of the README between the marks."""
+    """Writes page, figures, and the parts of the README between the marks."""
     parser = argparse.ArgumentParser(description="Write the page of results.")
     parser.add_argument("results", type=Path, help="folder with the JSON; figures go there too")
     parser.add_argument("page", type=Path, help="Markdown to write")
@@ -379,6 +416,9 @@ def main() -> None:
         if name.startswith("convergence-") and content["cells"]:
             workers = max((cell["workers"] for cell in content["cells"]), key=lambda n: (n == HOSTS, n))
             draw_learning(content, results.get("steps-gpt-small"), workers, args.results / f"{name}.svg")
+    if "speedup" in results:
+        simulated = [cell for cell in results["speedup"]["cells"] if cell["transport"] == "in-process"]
+        draw_speedup(simulated, efficiencies(simulated), args.results / "speedup.svg")
     if "model" in results:
         draw_fit(results["model"], args.results / "model-fit.svg")
         draw_scaling(results["model"], args.results / "model-scaling.svg")
@@ -386,10 +426,13 @@ def main() -> None:
     args.page.write_text(page(results).replace("FIGURES/", f"{figures}/"))
     if args.readme:
         text = args.readme.read_text()
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            parser.error(f"argument --readme: {args.readme} must hold, once each, {BEGIN} and {END}")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        args.readme.write_text(f"{before}{BEGIN}\n\n{readme_part(results)}\n\n{END}{after}")
+        for name, part in (("figures", readme_figures), ("advice", readme_advice)):
+            begin = f"<!-- {name} from benchmarks/results: make results -->"
+            if text.count(begin) != 1 or END not in text.split(begin)[1]:
+                parser.error(f"argument --readme: {args.readme} must hold {begin} once, and {END} after it")
+            before, after = text.split(begin)
+            text = f"{before}{begin}\n\n{part(results)}\n\n{END}{after.split(END, 1)[1]}"
+        args.readme.write_text(text)
 
 
 if __name__ == "__main__":

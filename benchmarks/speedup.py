@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from common import Cells, HelpFormatter, count, new_file, positive, provenance, table, use_threads
 from convergence import RECIPES, InProcess, Rank, Team, rounded, together
+from learning import efficiencies
 from models import digits_classifier
 from tasks import Task, digits_data, generator
 from torch import Tensor, nn
@@ -131,33 +132,6 @@ def train(recipe: str, workers: int, seed: int, ranks: bool, tick: Callable[[int
         look.update({key: value for key, value in together(own).items() if key in norms})
     reached = len(recent) == SMOOTHING and statistics.fmean(recent) <= TARGET
     return {"steps": found[-1]["step"] if reached else None, "learning_rate": workers * LEARNING_RATE, "looks": found}
-
-
-def efficiencies(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each recipe and number of workers: ``steps``, mean over the seeds; ``efficiency``: steps of one worker over n times
-    those; ``relative``: efficiency over that of uncompressed SGD with as many workers.
-
-    One worker compresses nothing, so that its steps are those of uncompressed SGD for every recipe. None is what cannot be
-    said: a run has not reached the target, or is not there.
-    """
-    runs: dict[tuple[str, int], list[int | None]] = {}
-    for cell in cells:
-        runs.setdefault((cell["recipe"], cell["workers"]), []).append(cell["steps"])
-    steps = {key: None if None in own else statistics.fmean(own) for key, own in runs.items()}
-    one = steps.get(("none", 1))
-    found = []
-    for (recipe, workers), mean in sorted(steps.items()):
-        uncompressed = steps.get(("none", workers))
-        found.append(
-            {
-                "recipe": recipe,
-                "workers": workers,
-                "steps": mean,
-                "efficiency": one / (workers * mean) if one and mean else None,
-                "relative": uncompressed / mean if uncompressed and mean else None,
-            }
-        )
-    return found
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> str:

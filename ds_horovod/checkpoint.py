@@ -7,7 +7,7 @@ from typing import Any
 
 from .session import Bucket
 
-FORMAT = 2
+FORMAT = 3
 _ARRAYS = ("worker_error", "server_error", "velocity")
 
 

@@ -13,6 +13,7 @@ from .checkpoint import FORMAT, load_buckets, save_bucket
 from .compressors import Compressor, OneBit, Quantize
 from .exchange import Options
 from .session import GroupTransport, Selection, Session, combine_stats
+from .uncompressed import Velocities
 
 
 class DoubleSqueeze:
@@ -44,7 +45,8 @@ class DoubleSqueeze:
         Of momentum correction with factor masking (Lin et al., ICLR 2018, arXiv 1712.01887), in place of the optimizer's
         own, which must be 0 then (of Adam: beta1): each worker adds up its own gradients, u = momentum * u + g, sends what
         is largest of error + u, and forgets the velocity u of what it has sent. In [0, 1); 0: none. It needs a compressor
-        that leaves elements out (`Compressor.sparse`): one that sends every element would clear u in every step.
+        that leaves elements out (`Compressor.sparse`): one that sends every element would clear u in every step. Parameters
+        that are not compressed, and all of them on one rank, have plain momentum.
     error_decay
         By which each worker multiplies its error in each step, over 0 and at most 1, so that what has waited long counts
         less. 1, the default, loses nothing; 0.95 helped where little is sent and gradients change fast (docs/results.md).
@@ -124,6 +126,7 @@ class DoubleSqueeze:
         self.server = server
         self.bucket_cap_mb = bucket_cap_mb
         self.min_numel = min_numel
+        self.velocities = Velocities(self.momentum)
         self._optimizer_session: Session[Any] | None = None
         self._tensor_sessions: dict[str, Session[Any]] = {}
         self._loaded: Mapping[str, Any] | None = None  # for what is not in use yet
@@ -280,6 +283,7 @@ class DoubleSqueeze:
             "server": self.server,
             "sparse": sorted(name for session in self._sessions for name in session.sparse),
             "buckets": [save_bucket(bucket) for session in self._sessions for bucket in session.buckets],
+            "velocities": self.velocities.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -307,6 +311,7 @@ class DoubleSqueeze:
             known = [b for b in state["buckets"] if b["parameters"][0] in self._tensor_sessions]
             load_buckets(known, [self._tensor_sessions[b["parameters"][0]].buckets[0] for b in known])
             self._loaded = state
+        self.velocities.load_state_dict(state["velocities"])
 
     def _require_same_place(self, state: Mapping[str, Any]) -> None:
         expected = {"format": FORMAT, "server": self.server}

@@ -1,6 +1,6 @@
 """The seam with Horovod: the only file that touches its optimizer class.
 
-Stock Horovod gives ``compression.compress(tensor)`` no name, no parameter and no say in the collective. So three methods
+Stock Horovod gives ``compression.compress(tensor)`` no name, no parameter and no say in the collective. So four methods
 are extended, for a DoubleSqueeze only; every other compression runs through the original code.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
 from .transport import HorovodTransport
+from .uncompressed import clip
 
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
@@ -41,6 +42,7 @@ def install() -> None:
             "gradient_predivide_factor", "groups", "sparse_as_dense", "process_set",
         ],
         "_DistributedOptimizer._allreduce_grad_async": ["self", "p"],
+        "_DistributedOptimizer.synchronize": ["self"],
         "_DistributedAdasumOptimizer.__init__": [
             "self", "params", "named_parameters", "compression", "backward_passes_per_step",
         ],
@@ -56,6 +58,7 @@ def install() -> None:
     optimizer, adasum = stock._DistributedOptimizer, stock._DistributedAdasumOptimizer
     optimizer.__init__ = _init(optimizer.__init__)
     optimizer._allreduce_grad_async = _allreduce_grad_async(optimizer._allreduce_grad_async)
+    optimizer.synchronize = _synchronize(optimizer.synchronize)
     adasum.__init__ = _refuse_adasum(adasum.__init__)
 
 
@@ -106,6 +109,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
+        self._double_squeeze_parameters = parameters
         if squeeze.momentum:
             _warn_of_two_momenta(squeeze.momentum, self.param_groups)
 
@@ -190,6 +194,26 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
         return result, None
 
     return _allreduce_grad_async
+
+
+def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def synchronize(self: Any) -> None:
+        squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
+        if squeeze is None:
+            return original(self)  # type: ignore[no-any-return]
+        if self._synchronized and not self._handles:
+            return None  # step() after synchronize(): what has been averaged must not be compressed again
+        session, named = self._double_squeeze_session, self._double_squeeze_parameters
+        if session is None and squeeze.max_norm is not None:
+            clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm)
+        original(self)
+        for name, p in named:
+            if p.grad is not None and (session is None or not session.covers(p)):
+                squeeze.velocities.add(name, p.grad)
+        return None
+
+    return synchronize
 
 
 def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:

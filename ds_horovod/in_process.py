@@ -152,7 +152,10 @@ class Workers:
                 session.poll()
         result = []
         for replicas in zip(*(session.parameters for session in self._sessions), strict=True):
-            travelled = [p.grad for _, p in replicas]
-            first = self._sessions[0].finish(replicas[0][1]) if self._sessions[0].covers(replicas[0][1]) else None
-            result.append(torch.stack(travelled).mean(0) if first is None else first)
+            name, first = replicas[0]
+            if self._sessions[0].covers(first):
+                result.append(self._sessions[0].finish(first))
+            else:
+                result.append(torch.stack([p.grad for _, p in replicas]).mean(0))
+                self.squeezes[0].velocities.add(name, result[-1])  # the same for all
         return result

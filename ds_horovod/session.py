@@ -14,6 +14,7 @@ from torch import Tensor
 from .agreement import require_agreement
 from .exchange import Exchange, Flight, Handle, Options, Totals, Transport
 from .layout import fill_buckets, pack
+from .uncompressed import clip, require_dense
 
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
@@ -163,17 +164,16 @@ class Session(Generic[Handle]):
         Raises
         ------
         ValueError
-            A sparse gradient of a parameter that has had dense gradients, and an error to compensate, until now.
+            A sparse gradient of a parameter that has had dense gradients, and an error to compensate, until now; or with
+        momentum or clipping.
         """
         self._gradients_met += 1
         gradient = p.grad
         assert gradient is not None
-        if self.clips:
-            if gradient.is_sparse:
-                raise ValueError(
-                    f"DoubleSqueeze: max_norm cannot clip the sparse gradient of {self._names[p]}; "
-                    "leave max_norm out, or make the gradient dense (sparse_as_dense=True)"
-                )
+        if self.options.momentum:
+            require_dense(self._names[p], gradient, "momentum", self.options.momentum)
+        if self.options.max_norm is not None:
+            require_dense(self._names[p], gradient, "max_norm", self.options.max_norm)
             self._met.append(p)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
@@ -237,19 +237,12 @@ class Session(Generic[Handle]):
             waiting = [p for bucket in self.buckets for p in bucket.parameters if p in self._arrived]
         if self._met:
             waiting = [p for p in self._met if p in self._arrived]
-            self._clip([p.grad for p in self._met if p.grad is not None])
+            assert self.options.max_norm is not None
+            clip([(self._names[p], p.grad) for p in self._met if p.grad is not None], self.options.max_norm)
             self._met.clear()
         for p in waiting:
             self._fill_up(p)
             self.poll()
-
-    def _clip(self, gradients: Sequence[Tensor]) -> None:
-        """Scales gradients so that their norm, over all of them, is `max_norm` at most; not finite, it says nothing."""
-        assert self.options.max_norm is not None
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for g in gradients])))
-        if self.options.max_norm < norm < math.inf:
-            for gradient in gradients:
-                gradient.mul_(self.options.max_norm / norm)
 
     def drain(self) -> None:
         """Returns when nothing is under way.

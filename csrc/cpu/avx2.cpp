@@ -27,12 +27,14 @@
 #include "random.inl"
 #include "top_k.inl"
 
-const Kernels avx2_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
-                            top_k_encode,   top_k_decode,   top_k_accumulate,
-    quantize_encode, quantize_serve, quantize_decode, quantize_accumulate,
-    cast_encode, cast_decode, cast_accumulate, cast_is_within,
-    random_k_encode, random_k_decode, random_k_accumulate, all_within,
-                            uniforms_of_rows};
+const Kernels avx2_kernels = {
+    {one_bit_encode, one_bit_decode, one_bit_accumulate, one_bit_serve},
+    {top_k_encode, top_k_decode, top_k_accumulate, nullptr},
+    {quantize_encode, quantize_decode, quantize_accumulate, quantize_serve},
+    {cast_encode, cast_decode, cast_accumulate, nullptr},
+    {random_k_encode, random_k_decode, random_k_accumulate, nullptr},
+    cast_is_within, all_within, uniforms_of_rows,
+};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

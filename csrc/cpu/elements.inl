@@ -249,8 +249,7 @@ inline float send_value(const RandomK& codec, uint8_t* chunk, int64_t i, float v
 // A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes,
 // or the pass is taken back.
 template <class G>
-void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, RandomKHeader first_header,
-          uint8_t* chunks, int threads) {
+void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
     std::vector<std::vector<int64_t>> odd(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
     parallel(threads, [&](int t) {
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
@@ -285,8 +284,7 @@ void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory 
         });
         for (int64_t shard = 0; shard < layout.shards; shard++) {
             uint8_t* chunk = chunks + shard * codec.chunk_bytes;
-            RandomKHeader header = first_header;
-            header.shard += uint32_t(shard);
+            RandomKHeader header = {memory.step, memory.bucket, memory.first_shard + uint32_t(shard), uint32_t(codec.k)};
             if (!finite[size_t(shard)]) header.k = kAllNotFinite;
             if (t == 0) header_of(chunk) = header;
             if (!finite[size_t(shard)]) {
@@ -305,10 +303,10 @@ void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory 
     });
 }
 
-void random_k_encode(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, RandomKHeader first,
-                     uint8_t* chunks, int threads) {
+void random_k_encode(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
+                     int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
-        draw<std::remove_pointer_t<decltype(type)>>(codec, layout, gradients, memory, first, chunks, threads);
+        draw<std::remove_pointer_t<decltype(type)>>(codec, layout, gradients, memory, chunks, threads);
     });
 }
 

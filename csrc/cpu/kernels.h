@@ -46,6 +46,7 @@ struct Quantize {
     bool stochastic, l2;
     int64_t codes_at;     // byte of a chunk where the codes begin, after a float32 for each block
     int64_t chunk_bytes;
+    uint64_t seed;
 
     int64_t block_bytes() const { return bits == 0 ? (block + 4) / 5 : block * bits / 8; }
 };
@@ -67,14 +68,19 @@ struct RandomKHeader {
     uint32_t step, bucket, shard, k;
 };
 
-// What one side keeps of a bucket (ds_horovod/memory.py), or null. A velocity comes with gradients and an error.
+// What one side keeps of a bucket, and which random numbers it draws (ds_horovod/memory.py). error and velocity may be null;
+// a velocity comes with gradients and an error.
 struct Memory {
     float* error;
     float* velocity;
     float momentum, decay;
+    uint32_t bucket, sender, first_shard, step;
 
     Memory from(int64_t position) const {
-        return {error ? error + position : nullptr, velocity ? velocity + position : nullptr, momentum, decay};
+        Memory part = *this;
+        if (error) part.error += position;
+        if (velocity) part.velocity += position;
+        return part;
     }
 };
 
@@ -83,28 +89,24 @@ struct Philox {
     uint32_t key[2], counter[3];
 };
 
+// The passes of a codec, which are explained in ds_horovod/kernels/reference.py.
+template <class Codec>
+struct Passes {
+    void (*encode)(const Codec&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
+    void (*decode)(const Codec&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
+    void (*accumulate)(const Codec&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
+    // Where they are fused; else null.
+    void (*serve)(const Codec&, const Layout&, const uint8_t* pushed, int64_t workers, float weight, Memory, uint8_t* chunk,
+                  int threads);
+};
+
 struct Kernels {
-    void (*one_bit_encode)(const OneBit&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
-    void (*one_bit_serve)(const OneBit&, const Layout&, const uint8_t* pushed, int64_t workers, float weight,
-                          float* error, uint8_t* chunk, int threads);
-    void (*one_bit_decode)(const OneBit&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*one_bit_accumulate)(const OneBit&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
-    void (*top_k_encode)(const TopK&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
-    void (*top_k_decode)(const TopK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*top_k_accumulate)(const TopK&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
-    void (*quantize_encode)(const Quantize&, const Layout&, Tensors gradients, Memory, const Philox&, uint8_t* chunks, int threads);
-    void (*quantize_serve)(const Quantize&, const Layout&, const uint8_t* pushed, int64_t workers, float weight, float* error,
-                           const Philox&, uint8_t* chunk, int threads);
-    void (*quantize_decode)(const Quantize&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*quantize_accumulate)(const Quantize&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
-    void (*cast_encode)(const Cast&, const Layout&, Tensors gradients, Memory, uint8_t* chunks, int threads);
-    void (*cast_decode)(const Cast&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*cast_accumulate)(const Cast&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
+    Passes<OneBit> one_bit;
+    Passes<TopK> top_k;
+    Passes<Quantize> quantize;
+    Passes<Cast> cast;
+    Passes<RandomK> random_k;
     bool (*cast_is_within)(const Cast&, const uint8_t* chunks, int64_t bytes, float limit);
-    void (*random_k_encode)(const RandomK&, const Layout&, Tensors gradients, Memory, RandomKHeader first, uint8_t* chunks,
-                            int threads);
-    void (*random_k_decode)(const RandomK&, const Layout&, const uint8_t* chunks, Tensors gradients, int threads);
-    void (*random_k_accumulate)(const RandomK&, const Layout&, const uint8_t* chunk, float weight, float* sum, int threads);
     bool (*all_within)(const float* values, int64_t count, float limit);
     void (*uniforms_of_rows)(const Philox&, uint64_t first_row, int64_t rows, float* out);
 };

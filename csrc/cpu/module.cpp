@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -126,6 +127,7 @@ struct Call {
                 "a chunk too small for its counts, offsets and values");
     }
     Tensors tensors() const { return {dtype, data.data()}; }
+    template <class Codec> void require_sound(const Codec&) const {}  // others hold no positions
     void require_sound(const TopK& codec) const {
         if (const char* fault = top_k_fault(codec, layout, chunks))
             throw std::invalid_argument(std::string("corrupted top-k payload: ") + fault);
@@ -143,17 +145,56 @@ OneBit one_bit(int64_t block, const std::string& scale, const std::string& granu
     return {block, scale == "l2", g, scales, bits_at, chunk_bytes};
 }
 
-Memory checked_memory(const Call& call, uintptr_t error, uintptr_t velocity, float momentum, float decay) {
-    require(call.dtype != Dtype::none || error, "nothing to encode");
-    require(!velocity || (call.dtype != Dtype::none && error), "a velocity needs gradients and an error");
-    return {at<float>(error), at<float>(velocity), momentum, decay};
-}
-
-Philox philox(uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender) {
-    return {{uint32_t(seed), uint32_t(seed >> 32)}, {step, bucket, sender}};
-}
-
 using Addresses = std::vector<uintptr_t>;
+
+Memory memory_of(uintptr_t error, uintptr_t velocity, float momentum, float decay, uint32_t bucket, uint32_t sender,
+                 uint32_t first_shard, uint32_t step) {
+    require(!velocity || error, "a velocity needs an error");
+    return {at<float>(error), at<float>(velocity), momentum, decay, bucket, sender, first_shard, step};
+}
+
+// The passes of a codec, as functions called NAME_encode and so on.
+template <class Codec>
+void define_passes(py::module_& m, const std::string& name, const Passes<Codec> Kernels::*passes) {
+    m.def((name + "_encode").c_str(), [=](const Codec& codec, const OwnedLayout& layout, const std::string& dtype,
+                                          const Addresses& data, const Memory& memory, uintptr_t chunks, int64_t bytes,
+                                          int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        require(call.dtype != Dtype::none || memory.error, "nothing to encode");
+        require(call.dtype != Dtype::none || !memory.velocity, "a velocity needs gradients");
+        if constexpr (std::is_same_v<Codec, OneBit>) require(!memory.velocity, "signs of all elements leave no velocity");
+        py::gil_scoped_release release;
+        (kernels->*passes).encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
+    });
+    m.def((name + "_decode").c_str(), [=](const Codec& codec, const OwnedLayout& layout, const std::string& dtype,
+                                          const Addresses& data, uintptr_t chunks, int64_t bytes, int threads) {
+        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
+        require(call.dtype != Dtype::none, "nowhere to decode to");
+        py::gil_scoped_release release;
+        call.require_sound(codec);
+        (kernels->*passes).decode(codec, call.layout, call.chunks, call.tensors(), threads);
+    });
+    m.def((name + "_accumulate").c_str(), [=](const Codec& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes,
+                                              float weight, uintptr_t sum, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
+        require(layout.shards == 1, "a server has one shard");
+        py::gil_scoped_release release;
+        call.require_sound(codec);
+        (kernels->*passes).accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
+    });
+    if (!(kernels->*passes).serve) return;
+    m.def((name + "_serve").c_str(), [=](const Codec& codec, const OwnedLayout& layout, uintptr_t pushed, int64_t pushed_bytes,
+                                         float weight, const Memory& memory, uintptr_t chunk, int64_t bytes, int threads) {
+        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
+        require(layout.shards == 1, "a server has one shard");
+        if constexpr (std::is_same_v<Codec, OneBit>)
+            require(codec.granularity == Granularity::block, "only scales of blocks are fused");
+        require(pushed % 16 == 0 && pushed_bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
+        py::gil_scoped_release release;
+        (kernels->*passes).serve(codec, call.layout, at<uint8_t>(pushed), pushed_bytes / codec.chunk_bytes, weight, memory,
+                                 call.chunks, threads);
+    });
+}
 
 }  // namespace
 
@@ -174,11 +215,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<OwnedLayout>(m, "Layout")
         .def(py::init<std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>());
     py::class_<OneBit>(m, "OneBit").def(py::init(&one_bit));
+    py::class_<Memory>(m, "Memory").def(py::init(&memory_of));
     py::class_<Quantize>(m, "Quantize")
-        .def(py::init([](int64_t block, int bits, int64_t levels, bool stochastic, bool l2, int64_t codes_at, int64_t chunk_bytes) {
-            return Quantize{block, bits, levels, stochastic, l2, codes_at, chunk_bytes};
+        .def(py::init([](int64_t block, int bits, int64_t levels, bool stochastic, bool l2, int64_t codes_at,
+                         int64_t chunk_bytes, uint64_t seed) {
+            return Quantize{block, bits, levels, stochastic, l2, codes_at, chunk_bytes, seed};
         }));
-    py::class_<Philox>(m, "Philox").def(py::init(&philox));
     py::class_<TopK>(m, "TopK").def(
         py::init([](int64_t k, const std::string& values, int low_bits, int64_t scales_at, int64_t upper_at, int64_t low_at,
                     int64_t values_at, int64_t chunk_bytes) {
@@ -194,157 +236,26 @@ PYBIND11_MODULE(_cpu, m) {
             return RandomK{k, values == "fp16", seed, chunk_bytes};
         }));
 
-    m.def("one_bit_encode", [](const OneBit& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                               uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks,
-                               int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(!velocity, "signs of all elements leave no velocity");
-        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
-        py::gil_scoped_release release;
-        kernels->one_bit_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
-    });
-    m.def("one_bit_serve", [](const OneBit& codec, const OwnedLayout& layout, uintptr_t pushed, int64_t pushed_bytes, float weight,
-                              uintptr_t error, uintptr_t chunk, int64_t bytes, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        require(codec.granularity == Granularity::block, "only scales of blocks are fused");
-        require(pushed % 16 == 0 && pushed_bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
-        py::gil_scoped_release release;
-        kernels->one_bit_serve(codec, call.layout, at<uint8_t>(pushed), pushed_bytes / codec.chunk_bytes, weight,
-                               at<float>(error), call.chunks, threads);
-    });
-    m.def("one_bit_decode", [](const OneBit& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                               uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none, "nowhere to decode to");
-        py::gil_scoped_release release;
-        kernels->one_bit_decode(codec, call.layout, call.chunks, call.tensors(), threads);
-    });
-    m.def("one_bit_accumulate", [](const OneBit& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                   uintptr_t sum, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        py::gil_scoped_release release;
-        kernels->one_bit_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
-    });
-
-    m.def("top_k_encode", [](const TopK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                             uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
-        py::gil_scoped_release release;
-        kernels->top_k_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
-    });
-    m.def("top_k_decode", [](const TopK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                             uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none, "nowhere to decode to");
-        py::gil_scoped_release release;
-        call.require_sound(codec);
-        kernels->top_k_decode(codec, call.layout, call.chunks, call.tensors(), threads);
-    });
-    m.def("top_k_accumulate", [](const TopK& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                 uintptr_t sum, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        py::gil_scoped_release release;
-        call.require_sound(codec);
-        kernels->top_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
-    });
-
-    m.def("quantize_encode", [](const Quantize& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                                uintptr_t error, uintptr_t velocity, float momentum, float decay, const Philox& random, uintptr_t chunks,
-                                int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
-        py::gil_scoped_release release;
-        kernels->quantize_encode(codec, call.layout, call.tensors(), memory, random, call.chunks, threads);
-    });
-    m.def("quantize_serve", [](const Quantize& codec, const OwnedLayout& layout, uintptr_t pushed, int64_t pushed_bytes, float weight,
-                               uintptr_t error, const Philox& random, uintptr_t chunk, int64_t bytes, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        require(pushed % 16 == 0 && pushed_bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
-        py::gil_scoped_release release;
-        kernels->quantize_serve(codec, call.layout, at<uint8_t>(pushed), pushed_bytes / codec.chunk_bytes, weight,
-                                at<float>(error), random, call.chunks, threads);
-    });
-    m.def("quantize_decode", [](const Quantize& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                                uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none, "nowhere to decode to");
-        py::gil_scoped_release release;
-        kernels->quantize_decode(codec, call.layout, call.chunks, call.tensors(), threads);
-    });
-    m.def("quantize_accumulate", [](const Quantize& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                    uintptr_t sum, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        py::gil_scoped_release release;
-        kernels->quantize_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
-    });
-
-    m.def("cast_encode", [](const Cast& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                            uintptr_t error, uintptr_t velocity, float momentum, float decay, uintptr_t chunks, int64_t bytes,
-                            int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
-        py::gil_scoped_release release;
-        kernels->cast_encode(codec, call.layout, call.tensors(), memory, call.chunks, threads);
-    });
-    m.def("cast_decode", [](const Cast& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                            uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none, "nowhere to decode to");
-        py::gil_scoped_release release;
-        kernels->cast_decode(codec, call.layout, call.chunks, call.tensors(), threads);
-    });
-    m.def("cast_accumulate", [](const Cast& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                uintptr_t sum, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        py::gil_scoped_release release;
-        kernels->cast_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
-    });
+    define_passes(m, "one_bit", &Kernels::one_bit);
+    define_passes(m, "top_k", &Kernels::top_k);
+    define_passes(m, "quantize", &Kernels::quantize);
+    define_passes(m, "cast", &Kernels::cast);
+    define_passes(m, "random_k", &Kernels::random_k);
     m.def("cast_is_within", [](const Cast& codec, uintptr_t chunks, int64_t bytes, float limit) {
         require(chunks % 16 == 0 && bytes % codec.chunk_bytes == 0, "a payload of another size than the layout's");
         py::gil_scoped_release release;
         return kernels->cast_is_within(codec, at<uint8_t>(chunks), bytes, limit);
     });
 
-    m.def("random_k_encode", [](const RandomK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                                uintptr_t error, uintptr_t velocity, float momentum, float decay, uint32_t step, uint32_t bucket,
-                                uint32_t first_shard, uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        const Memory memory = checked_memory(call, error, velocity, momentum, decay);
-        const RandomKHeader first = {step, bucket, first_shard, uint32_t(codec.k)};
-        py::gil_scoped_release release;
-        kernels->random_k_encode(codec, call.layout, call.tensors(), memory, first, call.chunks, threads);
-    });
-    m.def("random_k_decode", [](const RandomK& codec, const OwnedLayout& layout, const std::string& dtype, const Addresses& data,
-                                uintptr_t chunks, int64_t bytes, int threads) {
-        const Call call(codec, layout, dtype, data, chunks, bytes, layout.shards, threads);
-        require(call.dtype != Dtype::none, "nowhere to decode to");
-        py::gil_scoped_release release;
-        call.require_sound(codec);
-        kernels->random_k_decode(codec, call.layout, call.chunks, call.tensors(), threads);
-    });
-    m.def("random_k_accumulate", [](const RandomK& codec, const OwnedLayout& layout, uintptr_t chunk, int64_t bytes, float weight,
-                                    uintptr_t sum, int threads) {
-        const Call call(codec, layout, "none", {}, chunk, bytes, 1, threads);
-        require(layout.shards == 1, "a server has one shard");
-        py::gil_scoped_release release;
-        call.require_sound(codec);
-        kernels->random_k_accumulate(codec, call.layout, call.chunks, weight, at<float>(sum), threads);
-    });
-
     m.def("all_within", [](uintptr_t values, int64_t count, float limit) {
         py::gil_scoped_release release;
         return kernels->all_within(at<float>(values), count, limit);
     });
-    m.def("uniforms_of_rows", [](uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender, uint64_t first_row, int64_t rows) {
+    m.def("uniforms_of_rows", [](uint64_t seed, uint32_t step, uint32_t bucket, uint32_t sender, uint64_t first_row,
+                                 int64_t rows) {
         std::vector<float> values(size_t(8 * rows));
-        kernels->uniforms_of_rows(philox(seed, step, bucket, sender), first_row, rows, values.data());
+        const Philox random = {{uint32_t(seed), uint32_t(seed >> 32)}, {step, bucket, sender}};
+        kernels->uniforms_of_rows(random, first_row, rows, values.data());
         return values;
     });
 }

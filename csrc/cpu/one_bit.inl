@@ -170,7 +170,8 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
     for (int64_t from = 0, to; from < total; from = to) {  // a region's blocks stand together
         double lanes[256] = {}, elements = 0;
         const Block& region = blocks[size_t(from)];
-        for (to = from; to < total && blocks[size_t(to)].shard == region.shard && blocks[size_t(to)].slot == region.slot; to++) {
+        for (to = from; to < total; to++) {
+            if (blocks[size_t(to)].shard != region.shard || blocks[size_t(to)].slot != region.slot) break;
             lanes[(to - from) % 256] += blocks[size_t(to)].sum;
             elements += double(blocks[size_t(to)].count);
         }
@@ -247,9 +248,9 @@ void serve_blocks(const OneBit& codec, const Layout& layout, const uint8_t* push
 }
 
 void one_bit_serve(const OneBit& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
-                   float* error, uint8_t* chunk, int threads) {
+                   Memory memory, uint8_t* chunk, int threads) {
     const auto serve = codec.l2 ? serve_blocks<true> : serve_blocks<false>;
-    serve(codec, layout, pushed, workers, weight, error, chunk, threads);
+    serve(codec, layout, pushed, workers, weight, memory.error, chunk, threads);
 }
 
 // out(i, values, valid): the values of a block, eight at a time; the last eight may hold fewer than 8 valid ones.

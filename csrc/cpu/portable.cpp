@@ -11,12 +11,14 @@
 #include "random.inl"
 #include "top_k.inl"
 
-const Kernels portable_kernels = {one_bit_encode, one_bit_serve,  one_bit_decode,   one_bit_accumulate,
-                                  top_k_encode,   top_k_decode,   top_k_accumulate,
-    quantize_encode, quantize_serve, quantize_decode, quantize_accumulate,
-    cast_encode, cast_decode, cast_accumulate, cast_is_within,
-    random_k_encode, random_k_decode, random_k_accumulate, all_within,
-                                  uniforms_of_rows};
+const Kernels portable_kernels = {
+    {one_bit_encode, one_bit_decode, one_bit_accumulate, one_bit_serve},
+    {top_k_encode, top_k_decode, top_k_accumulate, nullptr},
+    {quantize_encode, quantize_decode, quantize_accumulate, quantize_serve},
+    {cast_encode, cast_decode, cast_accumulate, nullptr},
+    {random_k_encode, random_k_decode, random_k_accumulate, nullptr},
+    cast_is_within, all_within, uniforms_of_rows,
+};
 
 const char* top_k_fault(const TopK& codec, const Layout& layout, const uint8_t* chunks) {
     for (int64_t shard = 0; shard < layout.shards; shard++) {

@@ -195,8 +195,13 @@ inline CodesOfBlock codes_in(const Quantize& codec, const uint8_t* chunk, int64_
     return {reinterpret_cast<const float*>(chunk)[block], chunk + codec.codes_at + block * codec.block_bytes()};
 }
 
-void quantize_encode(const Quantize& codec, const Layout& layout, Tensors gradients, Memory memory, const Philox& random,
-                     uint8_t* chunks, int threads) {
+inline Philox random_of(const Quantize& codec, const Memory& memory) {
+    return {{uint32_t(codec.seed), uint32_t(codec.seed >> 32)}, {memory.step, memory.bucket, memory.sender}};
+}
+
+void quantize_encode(const Quantize& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
+                     int threads) {
+    const Philox random = random_of(codec, memory);
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
         parallel(threads, [&](int t) {
@@ -207,21 +212,23 @@ void quantize_encode(const Quantize& codec, const Layout& layout, Tensors gradie
                 const G* g = gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[i]) + first;
                 const Memory kept = memory.from(position);
                 block.stage(g, kept, count);
-                block.settle(count, position, random, kept, step_in(chunk, at), chunk + codec.codes_at + at * codec.block_bytes());
+                uint8_t* codes = chunk + codec.codes_at + at * codec.block_bytes();
+                block.settle(count, position, random, kept, step_in(chunk, at), codes);
             });
         });
     });
 }
 
 void quantize_serve(const Quantize& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
-                    float* error, const Philox& random, uint8_t* chunk, int threads) {
+                    Memory memory, uint8_t* chunk, int threads) {
+    const Philox random = random_of(codec, memory);
     parallel(threads, [&](int t) {
         QuantizedBlock block(codec);
         std::vector<float> zeros(size_t(codec.block));
         for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
             const int64_t at = position / codec.block;
-            const Memory kept = {error ? error + position : nullptr, nullptr, 0.f, 1.f};
-            block.stage<float>(nullptr, error ? kept : Memory{zeros.data(), nullptr, 0.f, 1.f}, count);
+            const Memory kept = memory.from(position);
+            block.stage<float>(nullptr, kept.error ? kept : Memory{zeros.data()}, count);
             for (int64_t w = 0; w < workers; w++) {
                 const CodesOfBlock from = codes_in(codec, pushed + w * codec.chunk_bytes, at);
                 block.add_codes(from.codes, from.step * weight, count);
@@ -262,7 +269,8 @@ void quantize_decode(const Quantize& codec, const Layout& layout, const uint8_t*
     });
 }
 
-void quantize_accumulate(const Quantize& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+void quantize_accumulate(const Quantize& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
+                         int threads) {
     parallel(threads, [&](int t) {
         std::vector<uint8_t> codes(size_t(codec.block + 2 * kDigits));
         const F8 levels = splat(float(codec.levels));

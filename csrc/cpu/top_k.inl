@@ -184,7 +184,8 @@ public:
     ShardEncoder(const TopK& codec, const Layout& layout, const void* const* gradients, Memory memory, uint8_t* chunks,
                  int threads)
         : codec_(codec), layout_(layout), gradients_(gradients), error_(memory.error), velocity_(memory.velocity),
-          momentum_(memory.momentum), decay_(memory.decay), chunks_(chunks), threads_(threads), barrier_(threads), finders_(size_t(threads)) {}
+          momentum_(memory.momentum), decay_(memory.decay), chunks_(chunks), threads_(threads), barrier_(threads),
+          finders_(size_t(threads)) {}
 
     // All threads call it, shard after shard.
     void encode(int t, int64_t shard) {
@@ -204,7 +205,8 @@ public:
         if (finite && guessed) {
             const int64_t count = mine.count;
             select(t, false, [&](const auto& visit) {
-                for (int64_t c = 0; c < count; c++) visit(mine.candidates[size_t(c)].position, mine.candidates[size_t(c)].value);
+                for (int64_t c = 0; c < count; c++)
+                    visit(mine.candidates[size_t(c)].position, mine.candidates[size_t(c)].value);
             });
         } else {
             take_back(mine);
@@ -277,7 +279,8 @@ private:
             for (int64_t done = 0; done < count; done += kTile) {
                 const int64_t size = std::min(kTile, count - done);
                 const auto in_shard = uint32_t(position + done - base_);
-                if (velocity_) collect_tile<true, true, true>(mine, g + done, e + done, velocity_ + position + done, size, in_shard);
+                if (velocity_)
+                    collect_tile<true, true, true>(mine, g + done, e + done, velocity_ + position + done, size, in_shard);
                 else if (g && e) collect_tile<true, true, false>(mine, g + done, e + done, nullptr, size, in_shard);
                 else if (g) collect_tile<true, false, false>(mine, g + done, nullptr, nullptr, size, in_shard);
                 else collect_tile<false, true, false>(mine, nullptr, e + done, nullptr, size, in_shard);
@@ -394,7 +397,8 @@ private:
 
     // Writes entries of some runs, in ascending order. settle(entry, what arrives of it) is told of each.
     template <class Settle>
-    void write_runs(int64_t run, int64_t last_run, Place at, const Candidate* entry, const Candidate* end, const Settle& settle) {
+    void write_runs(int64_t run, int64_t last_run, Place at, const Candidate* entry, const Candidate* end,
+                    const Settle& settle) {
         for (; run < last_run; run++) {
             const Candidate* next = entry;
             while (next < end && next->position < (run + 1) * kRun) next++;
@@ -523,7 +527,8 @@ private:
         barrier_.wait();  // each thread needs to know where its runs begin
         Place at;
         for (int64_t run = 0; run < first_run(t); run++) advance(codec_, run_numel(layout_, run), counts[run], at);
-        const bool settle_error = error_ && (in_error || codec_.values == Values::sign), settle_velocity = velocity_ && in_error;
+        const bool settle_error = error_ && (in_error || codec_.values == Values::sign);
+        const bool settle_velocity = velocity_ && in_error;
         write_runs(first_run(t), first_run(t + 1), at, begin, end, [&](const Candidate& c, float arrives) {
             if (settle_error) error_[base_ + c.position] = c.value - arrives;
             if (settle_velocity) velocity_[base_ + c.position] = 0.f;

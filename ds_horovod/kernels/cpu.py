@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def _top_k(format: TopKFormat) -> _cpu.TopK:
 
 @lru_cache(maxsize=1024)
 def _quantize(format: QuantizeFormat) -> _cpu.Quantize:
-    return _cpu.Quantize(*format[:-1])
+    return _cpu.Quantize(*format)
 
 
 @lru_cache(maxsize=1024)
@@ -107,8 +107,11 @@ def _flat(values: Tensor | None, numel: int) -> int:
     return values.data_ptr()
 
 
-def _memory(memory: Memory, numel: int) -> tuple[int, int, float, float]:
-    return _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.decay
+def _memory(memory: Memory, numel: int) -> _cpu.Memory:
+    return _cpu.Memory(
+        _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.decay, memory.bucket, memory.sender,
+        memory.first_shard, memory.step,
+    )  # fmt: skip
 
 
 def _bytes(payload: Tensor) -> tuple[int, int]:
@@ -121,96 +124,90 @@ def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
     """Makes ready what takes long: nothing."""
 
 
+def _encode(
+    native: Any, codec: Any, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    native(
+        codec, _layout(layout), *_tensors(layout, gradients), _memory(memory, layout.numel), *_bytes(chunks), _threads(layout)
+    )
+
+
+def _decode(native: Any, codec: Any, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    native(codec, _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+
+
+def _accumulate(native: Any, codec: Any, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    native(codec, _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
+
+
+def _serve(native: Any, codec: Any, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    native(codec, _layout(layout), *_bytes(pushed), weight, _memory(memory, layout.numel), *_bytes(chunk), _threads(layout))
+
+
 def one_bit_encode(
     format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    _cpu.one_bit_encode(
-        _one_bit(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
-        _threads(layout),
-    )  # fmt: skip
+    _encode(_cpu.one_bit_encode, _one_bit(format), layout, gradients, memory, chunks)
+
+
+def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _decode(_cpu.one_bit_decode, _one_bit(format), layout, chunks, gradients)
+
+
+def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _accumulate(_cpu.one_bit_accumulate, _one_bit(format), layout, chunk, weight, total)
 
 
 def one_bit_serve(
     format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
 ) -> None:
-    _cpu.one_bit_serve(
-        _one_bit(format), _layout(layout), *_bytes(pushed), weight, _flat(error, layout.numel), *_bytes(chunk),
-        _threads(layout),
-    )  # fmt: skip
-
-
-def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.one_bit_decode(_one_bit(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
-
-
-def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.one_bit_accumulate(
-        _one_bit(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
-    )
+    _serve(_cpu.one_bit_serve, _one_bit(format), layout, pushed, weight, Memory(error), chunk)
 
 
 def top_k_encode(
     format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    _cpu.top_k_encode(
-        _top_k(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
-        _threads(layout),
-    )  # fmt: skip
+    _encode(_cpu.top_k_encode, _top_k(format), layout, gradients, memory, chunks)
 
 
 def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.top_k_decode(_top_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+    _decode(_cpu.top_k_decode, _top_k(format), layout, chunks, gradients)
 
 
 def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.top_k_accumulate(_top_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
-
-
-def _philox(seed: int, memory: Memory) -> _cpu.Philox:
-    return _cpu.Philox(seed, memory.step, memory.bucket, memory.sender)
+    _accumulate(_cpu.top_k_accumulate, _top_k(format), layout, chunk, weight, total)
 
 
 def quantize_encode(
     format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    _cpu.quantize_encode(
-        _quantize(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel),
-        _philox(format.seed, memory), *_bytes(chunks), _threads(layout),
-    )  # fmt: skip
+    _encode(_cpu.quantize_encode, _quantize(format), layout, gradients, memory, chunks)
+
+
+def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    _decode(_cpu.quantize_decode, _quantize(format), layout, chunks, gradients)
+
+
+def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    _accumulate(_cpu.quantize_accumulate, _quantize(format), layout, chunk, weight, total)
 
 
 def quantize_serve(
     format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
 ) -> None:
-    _cpu.quantize_serve(
-        _quantize(format), _layout(layout), *_bytes(pushed), weight, _flat(memory.error, layout.numel),
-        _philox(format.seed, memory), *_bytes(chunk), _threads(layout),
-    )  # fmt: skip
-
-
-def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.quantize_decode(_quantize(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
-
-
-def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.quantize_accumulate(
-        _quantize(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
-    )
+    _serve(_cpu.quantize_serve, _quantize(format), layout, pushed, weight, memory, chunk)
 
 
 def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
-    _cpu.cast_encode(
-        _cast(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), *_bytes(chunks),
-        _threads(layout),
-    )  # fmt: skip
+    _encode(_cpu.cast_encode, _cast(format), layout, gradients, memory, chunks)
 
 
 def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.cast_decode(_cast(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+    _decode(_cpu.cast_decode, _cast(format), layout, chunks, gradients)
 
 
 def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.cast_accumulate(_cast(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
+    _accumulate(_cpu.cast_accumulate, _cast(format), layout, chunk, weight, total)
 
 
 def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
@@ -220,20 +217,15 @@ def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
 def random_k_encode(
     format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    _cpu.random_k_encode(
-        _random_k(format), _layout(layout), *_tensors(layout, gradients), *_memory(memory, layout.numel), memory.step,
-        memory.bucket, memory.first_shard, *_bytes(chunks), _threads(layout),
-    )  # fmt: skip
+    _encode(_cpu.random_k_encode, _random_k(format), layout, gradients, memory, chunks)
 
 
 def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _cpu.random_k_decode(_random_k(format), _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+    _decode(_cpu.random_k_decode, _random_k(format), layout, chunks, gradients)
 
 
 def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _cpu.random_k_accumulate(
-        _random_k(format), _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout)
-    )
+    _accumulate(_cpu.random_k_accumulate, _random_k(format), layout, chunk, weight, total)
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:

@@ -262,10 +262,11 @@ def each_worker_clips_its_own_gradient():
                 optimizer.step()
             results.append(flat(model.parameters()))
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    model = nn.Embedding(400, 8, sparse=True)
-    optimizer = distributed(model, squeeze(max_norm=1.0))
-    with raises(ValueError, "max_norm cannot clip the sparse gradient of weight"):
-        model(torch.tensor([1, 2])).sum().backward()
+    for name, compression in (("max_norm=1.0", squeeze(max_norm=1.0)), ("momentum=0.9", squeeze(TopK(0.1), momentum=0.9))):
+        model = nn.Embedding(400, 8, sparse=True)
+        distributed(model, compression)
+        with raises(ValueError, name, "needs dense gradients, got a sparse one of weight", "sparse=False"):
+            model(torch.tensor([1, 2])).sum().backward()
 
 
 @check
@@ -557,6 +558,70 @@ def gradient_predivide_factor():
     optimizer = distributed(model, squeeze(OneBit(64)), gradient_predivide_factor=2.0)
     train_step(model, optimizer, 0)
     assert_identical(model)
+
+
+@check
+def uncompressed_parameters_have_momentum_too():
+    """What is not compressed trains as it does with the optimizer's own momentum, and goes on where a checkpoint was."""
+    stock, ours = small_model(), small_model()
+    theirs = distributed(stock, hvd.Compression.none, options={"lr": 0.1, "momentum": 0.9})
+    own = distributed(ours, DoubleSqueeze(TopK(), momentum=0.9, min_numel=10**6))
+    for step in range(6):
+        if step == 3:
+            weights, state = ours.state_dict(), own.double_squeeze.state_dict()
+            assert sorted(state["velocities"]) == sorted(weights)
+            ours = small_model(seed=1)
+            ours.load_state_dict(weights)
+            own = distributed(ours, DoubleSqueeze(TopK(), momentum=0.9, min_numel=10**6))
+            own.double_squeeze.load_state_dict(state)
+        train_step(stock, theirs, step)
+        train_step(ours, own, step)
+        assert_identical(ours)
+        torch.testing.assert_close(flat(ours.parameters()), flat(stock.parameters()))
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.1), momentum=0.9))
+    train_step(model, optimizer, 0)
+    assert sorted(optimizer.double_squeeze.state_dict()["velocities"]) == ["0.bias", "2.bias", "4.bias"]
+
+
+@check
+def overflow_leaves_the_velocities_of_uncompressed_parameters():
+    model = small_model()
+    optimizer = distributed(model, DoubleSqueeze(TopK(), momentum=0.9, min_numel=10**6))
+    train_step(model, optimizer, 0)
+    before = {k: v.clone() for k, v in optimizer.double_squeeze.state_dict()["velocities"].items()}
+    optimizer.zero_grad()
+    accumulate(model, 1, 1)
+    for p in model.parameters():
+        p.grad.fill_(math.inf if hvd.rank() == 0 else 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.synchronize()
+    for name, p in model.named_parameters():
+        assert not p.grad.isfinite().any()
+        assert torch.equal(optimizer.double_squeeze.state_dict()["velocities"][name], before[name])
+
+
+@check
+def step_after_synchronize_sends_nothing_twice():
+    results = []
+    for skip in (True, False):
+        model = small_model()
+        optimizer = distributed(model, squeeze(TopK(0.1), momentum=0.9))
+        for step in range(3):
+            optimizer.zero_grad()
+            accumulate(model, step, 1)
+            optimizer.synchronize()
+            if skip:
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+            else:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    optimizer.step()
+                assert any("skip_synchronize" in str(w.message) for w in caught)
+        results.append(flat([p.detach() for p in model.parameters() if p.dim() > 1]))
+    torch.testing.assert_close(*results)
 
 
 @check

@@ -1,0 +1,84 @@
+"""What is done to gradients that no exchange takes: momentum, and on one rank clipping too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def require_dense(name: str, gradient: Tensor, option: str, value: float) -> None:
+    """Raises ValueError for the sparse gradient of a parameter, which an option cannot treat."""
+    if gradient.is_sparse:
+        raise ValueError(
+            f"DoubleSqueeze: {option}={value} needs dense gradients, got a sparse one of {name}; "
+            f"make the embedding with sparse=False, or leave {option} out"
+        )
+
+
+def clip(gradients: Sequence[tuple[str, Tensor]], max_norm: float) -> None:
+    """Scales gradients so that their l2 norm, over all of them, is `max_norm` at most; where it is not finite, not at all.
+
+    Parameters
+    ----------
+    gradients
+        By name, scaled in place.
+
+    Raises
+    ------
+    ValueError
+        A sparse gradient.
+    """
+    for name, gradient in gradients:
+        require_dense(name, gradient, "max_norm", max_norm)
+    if not gradients:
+        return
+    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for _, g in gradients])))
+    if max_norm < norm < math.inf:
+        for _, gradient in gradients:
+            gradient.mul_(max_norm / norm)
+
+
+class Velocities:
+    """Momentum of the parameters that momentum correction does not reach, in place of the optimizer's own, which is off.
+
+    u = m * u + g, g being the averaged gradient, which is the same on all ranks, and so is u. A parameter has as much momentum
+    then whether it is compressed or not, and whether there are several ranks or one.
+
+    Parameters
+    ----------
+    momentum
+        m, in [0, 1). With 0 nothing is done.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self._momentum = momentum
+        self._of: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """gradient = the velocity u of a parameter, after u = m * u + gradient. Where it is not finite, both stay as they are.
+
+        Raises
+        ------
+        ValueError
+            A sparse gradient: its velocity would be dense.
+        """
+        if not self._momentum:
+            return
+        require_dense(name, gradient, "momentum", self._momentum)
+        u = self._of.get(name)
+        if u is None:
+            u = self._of[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        finite = gradient.isfinite()
+        u.copy_(torch.where(finite, u * self._momentum + gradient, u))
+        gradient.copy_(torch.where(finite, u, gradient))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """By name, not copied."""
+        return dict(self._of)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._of = {name: velocity.clone() for name, velocity in state.items()}

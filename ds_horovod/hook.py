@@ -20,7 +20,7 @@ from horovod.torch import optimizer as stock
 from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
-from .transport import HorovodTransport
+from .transport import HorovodTransport, require_horovod_for
 from .uncompressed import clip
 
 _SUPPORTED = "0.28.1"
@@ -103,6 +103,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
+        if hvd.size() > 1:
+            require_horovod_for(p.device for _, p in parameters)
         name = f"doublesqueeze.{next(_optimizers)}"
         self._double_squeeze_late = _LateGradients()
         self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))

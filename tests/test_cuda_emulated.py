@@ -237,23 +237,21 @@ def test_corrupt_payloads_stay_inside(codec, emulated):
             assert all(values.isnan().all() for values in decoded)
 
 
-def test_launches(emulated):
-    """At most three of each pass."""
-    for codec in CODECS:
-        layout = pack([5, 100, 3000], codec.block, 1)
-        gradients, memory = make("normal", layout.numels, torch.float32), memory_of(codec, torch.zeros(layout.numel))
-        payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_at_most_three_launches_a_pass(codec, emulated):
+    layout = pack([5, 100, 3000], codec.block, 1)
+    gradients, memory = make("normal", layout.numels, torch.float32), memory_of(codec, torch.zeros(layout.numel))
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    runs = [
+        lambda: codec.encode(layout, gradients, memory, payload),
+        lambda: codec.serve(layout, payload, codec, 1.0, Memory(torch.zeros(layout.numel)), torch.zeros_like(payload[0])),
+        lambda: codec.decode(layout, payload, gradients),
+    ]
+    for run in runs:
+        emulated.launches.clear()
         with on_cuda():
-            for run in (
-                lambda: codec.encode(layout, gradients, memory, payload),  # noqa: B023
-                lambda: codec.serve(
-                    layout, payload, codec, 1.0, Memory(torch.zeros(layout.numel)), torch.zeros_like(payload[0])
-                ),  # noqa: B023
-                lambda: codec.decode(layout, payload, gradients),  # noqa: B023
-            ):
-                emulated.launches.clear()
-                run()
-                assert 1 <= len(emulated.launches) <= 3, emulated.launches
+            run()
+        assert 1 <= len(emulated.launches) <= 3, emulated.launches
 
 
 def cast_pass(**changes):

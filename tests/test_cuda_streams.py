@@ -128,8 +128,6 @@ def test_what_is_only_ordered_by_the_default_stream_is_waited_for(gpu):
     "value, expected", [("1", True), ("2x", True), ("0", False), ("", False), ("yes", False), (None, False)]
 )
 def test_async_completion_is_read_as_horovod_reads_it(value, expected, monkeypatch):
-    from ds_horovod.transport import _is_set
-
     monkeypatch.delenv("HOROVOD_ENABLE_ASYNC_COMPLETION", raising=False)
     if value is not None:
         monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", value)

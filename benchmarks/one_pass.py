@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor
 
 from ds_horovod import Compressor, DoubleSqueeze, NoCompression
@@ -26,7 +27,7 @@ class _OnePassTransport(HorovodTransport):
     def push(self, payload: Tensor, name: str) -> Any:
         return hvd.allgather_async(payload, name=name)
 
-    def pull(self, reply: Tensor | None, nbytes: int, name: str) -> Any:
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Any:
         return reply
 
     def poll(self, handle: Any) -> bool:

@@ -202,8 +202,8 @@ class DoubleSqueeze:
         for label, p in parameters:
             if not p.is_floating_point():
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
-            if p.device.type != "cpu":
-                raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu is supported yet")
+            if p.device.type not in ("cpu", "cuda"):
+                raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu and cuda are supported")
         options = self._options(average, transport.size)
         self._size, self._rank = transport.size, transport.rank
         if transport.size > 1:
@@ -240,10 +240,11 @@ class DoubleSqueeze:
                 load_buckets(saved, session.buckets if saved else [])
             self._tensor_sessions[name] = session
         ((_, stand_in),) = session.parameters
-        if (tensor.shape, tensor.dtype, options) != (stand_in.shape, stand_in.dtype, session.options):
+        now, then = ((x.dtype, tuple(x.shape), x.device) for x in (tensor, stand_in))
+        if (now, options) != (then, session.options):
             raise ValueError(
-                f"allreduce: {name!r} stood for {stand_in.dtype} {tuple(stand_in.shape)} with weight "
-                f"{session.options.weight}, now for {tensor.dtype} {tuple(tensor.shape)} with weight {options.weight}; "
+                f"allreduce: {name!r} stood for {then[0]} {then[1]} on {then[2]} with weight {session.options.weight}, "
+                f"now for {now[0]} {now[1]} on {now[2]} with weight {options.weight}; "
                 "its error belongs to one tensor and op: give another name"
             )
         return session

@@ -11,7 +11,7 @@ from torch import Tensor
 from .double_squeeze import DoubleSqueeze
 from .hook import is_average
 from .session import COMPRESSIBLE
-from .transport import HorovodTransport
+from .transport import HorovodTransport, require_horovod_for
 
 _default: DoubleSqueeze | None = None
 
@@ -31,7 +31,8 @@ def allreduce(
     Parameters
     ----------
     tensor
-        float32, float16 or bfloat16, dense, on the CPU, of the same shape on all ranks and at each call; not modified.
+        float32, float16 or bfloat16, dense, of the same shape on all ranks and of the same shape and device at each call; not
+        modified.
     name
         Of the error and of the collectives; the same on all ranks.
     op
@@ -55,9 +56,9 @@ def allreduce(
     global _default
     if not isinstance(name, str) or not name:
         raise ValueError(f"allreduce: name must be a string that is not empty, since the error belongs to it; got {name!r}")
-    if tensor.is_sparse or tensor.dtype not in COMPRESSIBLE or tensor.device.type != "cpu":
+    if tensor.is_sparse or tensor.dtype not in COMPRESSIBLE or tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"allreduce: {name!r} must be a dense float32, float16 or bfloat16 tensor on the cpu, "
+            f"allreduce: {name!r} must be a dense float32, float16 or bfloat16 tensor on cpu or cuda, "
             f"got {tensor.dtype} ({tensor.layout}) on {tensor.device}"
         )
     if compression is DoubleSqueeze:
@@ -69,6 +70,7 @@ def allreduce(
         raise ValueError(f"allreduce: process_set must hold this rank, {hvd.rank()}; got {process_set}")
     if process_set.size() == 1 or tensor.numel() == 0:
         return tensor.clone()
+    require_horovod_for([tensor.device])
     transport = HorovodTransport(compression.server, process_set)
     session = compression.tensor_session("doublesqueeze.tensor", name, tensor, average, transport)
     ((_, stand_in),) = session.parameters

@@ -13,9 +13,11 @@ correction a worker's velocity u_i = m u_i + g_i takes the place of g_i (`memory
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -29,8 +31,17 @@ Handle = TypeVar("Handle")
 _UNCOMPRESSED = NoCompression()
 
 
+@lru_cache(maxsize=64)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where servers and decoders work while backward goes on: a stream of high priority for each GPU."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class Transport(Protocol[Handle]):
-    """The collectives that an exchange needs. Names are the same on all ranks, and so are the sizes under a name."""
+    """The collectives that an exchange needs. Names are the same on all ranks, and so are the sizes under a name.
+
+    On a GPU they take tensors that the current stream makes, and give tensors that belong to the device's default stream.
+    """
 
     rank: int
     size: int
@@ -44,8 +55,11 @@ class Transport(Protocol[Handle]):
     def push(self, payload: Tensor, name: str) -> Handle:
         """Sends chunk s of ``uint8 (shards, nbytes)`` to the server of shard s, which gets ``(size, nbytes)``."""
 
-    def pull(self, reply: Tensor | None, nbytes: int, name: str) -> Handle:
-        """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)``."""
+    stream_ordered: bool
+    """Whether what arrives on a GPU is there only once the device's default stream is so far."""
+
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Handle:
+        """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)`` on a device."""
 
     def poll(self, handle: Handle) -> bool:
         """Whether `wait` would return at once."""
@@ -129,6 +143,13 @@ class Exchange(Generic[Handle]):
             self.server.first_shard = transport.serves
             if options.server_error:
                 self.server.error = torch.zeros(self.layout.shard_numel, device=self.device)
+        used = [self.options.compressor, self.options.server_compressor]
+        for compressor in used + [_UNCOMPRESSED] * (self.options.warmup_steps > 0):
+            compressor.prepare(self.layout, self.device)
+            if self.shard is not None:
+                compressor.prepare(self.shard, self.device)
+        self._side = _side_stream(self.device) if self.device.type == "cuda" else None
+        self._producers: set[torch.cuda.Stream] = set()
         # Buffers of flights that have landed, for the next: freed and allocated anew, they would fragment the heap.
         self.spare_buffers: dict[tuple[int, ...], list[Tensor]] = {}
 
@@ -162,6 +183,41 @@ class Exchange(Generic[Handle]):
         """For the next `zeros` of its shape."""
         self.spare_buffers.setdefault(tuple(buffer.shape), []).append(buffer)
 
+    # ---- streams of a GPU: the worker pass runs on the stream that backward is on, all that follows on another one
+
+    def produced(self) -> None:
+        """A gradient of the bucket has been made, on the current stream."""
+        if self._side is not None:
+            self._producers.add(torch.cuda.current_stream(self.device))
+
+    def gather(self, gradients: Sequence[Tensor]) -> None:
+        """The current stream waits for all gradients that have been `produced`."""
+        if self._side is None:
+            return
+        current = torch.cuda.current_stream(self.device)
+        for stream in self._producers - {current}:
+            current.wait_stream(stream)
+            for gradient in gradients:  # made by one of them, and read by this one
+                gradient.record_stream(current)
+        self._producers.clear()
+
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, everything is queued on the side stream."""
+        return contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side)
+
+    def lend(self, tensor: Tensor, after_default: bool = False) -> Tensor:
+        """A tensor of another stream that is used on the side stream; there once the default stream is so far, or already."""
+        if self._side is not None:
+            if after_default:
+                self._side.wait_stream(torch.cuda.default_stream(self.device))
+            tensor.record_stream(self._side)
+        return tensor
+
+    def join(self) -> None:
+        """The current stream waits for what the side stream has been given."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
     def begin(self, gradients: Sequence[Tensor]) -> Flight[Handle]:
         """The worker pass, and off with the payload.
 
@@ -185,8 +241,8 @@ class Flight(Generic[Handle]):
         self._compressor, self._server_compressor = exchange.compressors()
         shards = exchange.layout.shards
         self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
-        # Kept until the reply is there: see _undo.
-        self._payload = exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout))
+        # Kept until the reply is there, for take_back.
+        self._payload = exchange.lend(exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout)))
         self._reply: Tensor | None = None
         self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
         exchange.worker.step += 1
@@ -208,12 +264,13 @@ class Flight(Generic[Handle]):
 
     def _advance(self) -> None:
         exchange = self._exchange
-        arrived = exchange.transport.wait(self._handle)
-        if self._pulling:
-            self._land(arrived)
-        else:
-            self._serve(arrived)
-            self._pulling = True
+        with exchange.beside():
+            arrived = exchange.lend(exchange.transport.wait(self._handle), exchange.transport.stream_ordered)
+            if self._pulling:
+                self._land(arrived)
+            else:
+                self._serve(arrived)
+                self._pulling = True
 
     def _serve(self, pushed: Tensor) -> None:
         exchange, others = self._exchange, self._exchange.transport.size - 1
@@ -227,14 +284,16 @@ class Flight(Generic[Handle]):
             exchange.totals.server_pass_seconds += time.perf_counter() - start
             exchange.totals.bytes_received += others * self._payload.shape[1]
             exchange.totals.bytes_sent += others * self._reply_nbytes
-        self._handle = exchange.transport.pull(self._reply, self._reply_nbytes, self._name + ".pull")
+        self._handle = exchange.transport.pull(self._reply, self._reply_nbytes, self._name + ".pull", exchange.device)
 
     def _land(self, replies: Tensor) -> None:
         exchange = self._exchange
         start = time.perf_counter()
         if self._gradients is not None:
-            if exchange.worker.error is not None and not self._server_compressor.is_within(exchange.layout, replies):
-                self._undo(replies, exchange.worker.error)
+            if exchange.worker.error is not None:
+                lost = self._server_compressor.lost(exchange.layout, replies)
+                if lost is not None:
+                    self._compressor.take_back(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
             self._server_compressor.decode(exchange.layout, replies, self._gradients)
         exchange.totals.decode_seconds += time.perf_counter() - start
         own = exchange.transport.serves is not None
@@ -245,33 +304,3 @@ class Flight(Generic[Handle]):
             if self._reply is not None:
                 exchange.put_back(self._reply)
         self.landed = True
-
-    def _undo(self, replies: Tensor, worker_error: Tensor) -> None:
-        """Takes this step back from the worker's memory where the reply is not finite: e = (e' + Q[v] - g) / decay.
-
-        What this rank sent there is lost through no fault of its own, and an overflow step, which a GradScaler skips,
-        must not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. This is
-        rare, so it may take full-size temporaries.
-        """
-        assert self._gradients is not None
-        exchange, layout = self._exchange, self._exchange.layout
-        arrived = [torch.empty(n, device=replies.device) for n in layout.numels]
-        sent = [torch.empty(n, device=replies.device) for n in layout.numels]
-        self._server_compressor.decode(layout, replies, arrived)
-        self._compressor.decode(layout, self._payload, sent)
-        decay = exchange.options.error_decay
-        for offset, gradient, got, own in zip(layout.offsets, self._gradients, arrived, sent, strict=True):
-            here = slice(offset, offset + len(got))
-            g = gradient.view(-1).float()
-            lost = ~got.isfinite() & own.isfinite() & g.isfinite()
-            e = worker_error[here]
-            if exchange.velocity is None:
-                e[lost] = (e[lost] + own[lost] - g[lost]) / decay
-                continue
-            u = exchange.velocity[here]
-            forgotten = (own != 0) if self._compressor.sparse else torch.zeros_like(lost)
-            kept = lost & ~forgotten
-            e[kept] = (e[kept] + own[kept] - u[kept]) / decay
-            u[kept] = (u[kept] - g[kept]) / exchange.options.momentum
-            gone = lost & forgotten
-            e[gone] = (e[gone] + own[gone] - g[gone]) / decay

@@ -22,7 +22,7 @@ from horovod.torch import optimizer as stock
 from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
-from .transport import HorovodTransport
+from .transport import HorovodTransport, require_horovod_for
 from .uncompressed import clip
 
 _SUPPORTED = "0.28.1"
@@ -102,6 +102,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         call.arguments["groups"] = None  # they are our buckets; what is not compressed Horovod fuses anyway
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
+        if hvd.size() > 1:
+            require_horovod_for(p.device for _, p in parameters)
         grouped = _named_groups(groups, parameters)
         name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"
         self._double_squeeze_late = _LateGradients()

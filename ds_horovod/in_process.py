@@ -22,11 +22,19 @@ class _Ticket(NamedTuple):
     kind: str
 
 
+class _Sent(NamedTuple):
+    tensor: Tensor | None
+    made: torch.cuda.Event | None
+    """After which it is there, on a GPU."""
+
+
 @dataclass
 class _Mailbox:
     """What the ranks of a group have sent. An entry goes once all ranks have taken theirs."""
 
-    sent: dict[tuple[str, int], dict[int, Tensor | None]] = field(default_factory=lambda: defaultdict(dict))
+    sent: dict[tuple[str, int], dict[int, tuple[Tensor | None, torch.cuda.Event | None]]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
     taken: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
 
 
@@ -37,6 +45,7 @@ class InProcessTransport:
         self.rank, self.size, self.server = rank, size, server
         self.shards = size if server is None else 1
         self.serves = rank if server is None else (0 if server == rank else None)
+        self.stream_ordered = False
         self._mailbox = mailbox
         self._rounds: dict[str, int] = defaultdict(int)
 
@@ -51,13 +60,14 @@ class InProcessTransport:
     def _send(self, tensor: Tensor | None, name: str, kind: str) -> _Ticket:
         ticket = _Ticket(name, self._rounds[name], kind)
         self._rounds[name] += 1
-        self._mailbox.sent[ticket.name, ticket.round][self.rank] = tensor
+        made = torch.cuda.current_stream(tensor.device).record_event() if tensor is not None and tensor.is_cuda else None
+        self._mailbox.sent[ticket.name, ticket.round][self.rank] = _Sent(tensor, made)
         return ticket
 
     def push(self, payload: Tensor, name: str) -> _Ticket:
         return self._send(payload, name, "push")
 
-    def pull(self, reply: Tensor | None, nbytes: int, name: str) -> _Ticket:
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> _Ticket:
         return self._send(reply, name, "pull")
 
     def poll(self, handle: _Ticket) -> bool:
@@ -69,10 +79,13 @@ class InProcessTransport:
         if len(sent) < self.size:
             missing = sorted(set(range(self.size)) - set(sent))
             raise RuntimeError(f"rank {self.rank} would wait for ever: ranks {missing} have not sent {handle.name}")
+        tensors = [tensor for _, (tensor, _) in sorted(sent.items()) if tensor is not None]
+        for _, made in sent.values():
+            if made is not None:
+                made.wait()
+        chunks = tensors
         if handle.kind == "push":
-            chunks = [] if self.serves is None else [sent[rank][self.serves] for rank in range(self.size)]  # type: ignore[index]
-        else:
-            chunks = [reply for _, reply in sorted(sent.items()) if reply is not None]
+            chunks = [] if self.serves is None else [payload[self.serves] for payload in tensors]
         self._mailbox.taken[key] += 1
         if self._mailbox.taken[key] == self.size:
             del self._mailbox.sent[key], self._mailbox.taken[key]
@@ -96,11 +109,20 @@ class Simulation:
         How many.
     server
         The rank that serves all of the bucket; None: every rank its shard.
+    device
+        Of gradients and errors.
     """
 
-    def __init__(self, layout: Layout, options: Options, workers: int, server: int | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        options: Options,
+        workers: int,
+        server: int | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    ) -> None:
         self.exchanges = [
-            Exchange(0, "simulation", layout, options, transport, torch.device("cpu"))
+            Exchange(0, "simulation", layout, options, transport, device)
             for transport in InProcessTransport.group(workers, server)
         ]
 
@@ -110,6 +132,8 @@ class Simulation:
         for _ in ("serve", "land"):
             for flight in flights:
                 flight.poll()
+        for exchange in self.exchanges:
+            exchange.join()
 
 
 class Workers:

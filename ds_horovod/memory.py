@@ -27,6 +27,9 @@ class Memory:
     """e: float32, of the bucket or of the shard that is served. None: nothing is compensated."""
     velocity: Tensor | None = None
     """u: float32, as large. None: no momentum correction."""
+    total: Tensor | None = None
+    """Of a server on a GPU: what it has summed up, as large. It is encoded in place of the error, which is replaced, and stays
+    where the reply is not finite."""
     momentum: float = 0.0
     """m: in [0, 1)."""
     decay: float = 1.0

@@ -78,6 +78,7 @@ class Bucket(Generic[Handle]):
 
 @dataclass(eq=False)
 class _Journey(Generic[Handle]):
+    exchange: Exchange[Handle]
     flight: Flight[Handle]
     copies: list[tuple[Tensor, Tensor]]
     """Gradients that are not contiguous, and the contiguous tensors that travel for them."""
@@ -127,6 +128,7 @@ class Session(Generic[Handle]):
         self._met: list[Tensor] = []  # in this step, where they are to be clipped
         self._arrived: set[Tensor] = set()  # and not yet under way
         self._journeys: list[_Journey[Handle]] = []
+        self._landed: list[Exchange[Handle]] = []  # whose gradients the current stream may not read yet
         self.adopt(frozenset(), self.fill(frozenset()))
 
     def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
@@ -197,6 +199,7 @@ class Session(Generic[Handle]):
     def ready(self, p: Tensor) -> None:
         """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""
         self._arrived.add(p)
+        self._bucket_of[p].exchange.produced()
         if self.started and not self.clips:
             self._fill_up(p)
             self.poll()
@@ -211,8 +214,10 @@ class Session(Generic[Handle]):
         """Does what can be done without waiting."""
         for journey in self._journeys:
             if journey.flight.poll():
-                for gradient, copy in journey.copies:
-                    gradient.copy_(copy)
+                with journey.exchange.beside():
+                    for gradient, copy in journey.copies:
+                        gradient.copy_(copy)
+                self._landed.append(journey.exchange)
         self._journeys = [journey for journey in self._journeys if not journey.flight.landed]
 
     def finish(self, p: Tensor) -> Tensor:
@@ -265,6 +270,9 @@ class Session(Generic[Handle]):
         except BaseException:
             self._journeys.clear()  # a collective has failed: there is nothing to wait for
             raise
+        for exchange in self._landed:
+            exchange.join()
+        self._landed.clear()
         self.totals.wait_seconds += time.perf_counter() - start - (self.totals.pass_seconds - passes)
 
     def abandon(self) -> None:
@@ -328,6 +336,7 @@ class Session(Generic[Handle]):
 
     def _launch(self, bucket: Bucket[Handle]) -> None:
         travelling, copies = [], []
+        bucket.exchange.gather([p.grad for p in bucket.parameters if p.grad is not None])
         for name, p in zip(bucket.names, bucket.parameters, strict=True):
             gradient = p.grad
             if gradient is None or gradient.device != bucket.exchange.device:
@@ -339,7 +348,7 @@ class Session(Generic[Handle]):
             gradient = gradient.detach()
             travelling.append(gradient.contiguous())
             if not gradient.is_contiguous():
-                copies.append((gradient, travelling[-1]))
-        self._journeys.append(_Journey(bucket.exchange.begin(travelling), copies))
+                copies.append((gradient, bucket.exchange.lend(travelling[-1])))
+        self._journeys.append(_Journey(bucket.exchange, bucket.exchange.begin(travelling), copies))
         self._arrived.difference_update(bucket.parameters)
         bucket.missing = len(bucket.parameters)

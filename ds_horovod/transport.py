@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
+
+
+def require_horovod_for(devices: Iterable[torch.device]) -> None:
+    """Raises ValueError unless the installed Horovod takes tensors on these devices."""
+    cuda = next((device for device in devices if device.type == "cuda"), None)
+    if cuda is not None and not hvd.cuda_built():
+        raise ValueError(
+            f"DoubleSqueeze: got tensors on {cuda}, but this Horovod was built without CUDA. Build it where nvcc is "
+            "(scripts/install_horovod.sh; HOROVOD_GPU_OPERATIONS=NCCL for collectives between GPUs), or train on the cpu"
+        )
 
 
 class HorovodTransport:
@@ -39,6 +52,8 @@ class HorovodTransport:
         self.shards = self.size if server is None else 1
         self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
         self._process_set = process_set
+        # Horovod says then that a collective is done when the default stream has been told to wait for it.
+        self.stream_ordered = _is_set("HOROVOD_ENABLE_ASYNC_COMPLETION") or _is_set("HOROVOD_ENABLE_XLA_OPS")
         self._splits = None
         if server is not None:
             self._splits = torch.tensor([int(rank == server) for rank in ranks], dtype=torch.int32)
@@ -46,11 +61,11 @@ class HorovodTransport:
     def push(self, payload: Tensor, name: str) -> int:
         return int(hvd.alltoall_async(payload, splits=self._splits, name=name, process_set=self._process_set))
 
-    def pull(self, reply: Tensor | None, nbytes: int, name: str) -> int:
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> int:
         if self.server is None:
             assert reply is not None
             return int(hvd.allgather_async(reply.unsqueeze(0), name=name, process_set=self._process_set))
-        buffer = torch.empty(1, nbytes, dtype=torch.uint8) if reply is None else reply.unsqueeze(0)
+        buffer = torch.empty(1, nbytes, dtype=torch.uint8, device=device) if reply is None else reply.unsqueeze(0)
         return int(hvd.broadcast_async_(buffer, root_rank=self.server, name=name, process_set=self._process_set))
 
     def poll(self, handle: int) -> bool:
@@ -68,3 +83,9 @@ class HorovodTransport:
         sizes = hvd.allgather(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
         everyones = hvd.allgather(own, name=name, process_set=self._process_set)
         return [pickle.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
+
+
+def _is_set(variable: str) -> bool:
+    """As Horovod reads its variables: a whole number over zero, and what follows is ignored."""
+    digits = re.match(r"\s*\+?(\d+)", os.environ.get(variable, ""))
+    return digits is not None and int(digits[1]) > 0

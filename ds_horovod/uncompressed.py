@@ -35,10 +35,16 @@ def clip(gradients: Sequence[tuple[str, Tensor]], max_norm: float) -> None:
         require_dense(name, gradient, "max_norm", max_norm)
     if not gradients:
         return
-    norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g).float() for _, g in gradients])))
-    if max_norm < norm < math.inf:
+    home = gradients[0][1].device
+    norms = [torch.linalg.vector_norm(g).float().to(home) for _, g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if home.type != "cpu":  # nobody waits for the norm
+        factor = torch.where((norm > max_norm) & norm.isfinite(), max_norm / norm, 1.0)
         for _, gradient in gradients:
-            gradient.mul_(max_norm / norm)
+            gradient.mul_(factor.to(gradient.device))
+    elif max_norm < float(norm) < math.inf:
+        for _, gradient in gradients:
+            gradient.mul_(max_norm / float(norm))
 
 
 class Velocities:

@@ -220,7 +220,7 @@ def test_parameters_that_are_not_floating_point(dtype):
 
 
 def test_parameters_on_another_device():
-    with pytest.raises(ValueError, match="parameter p0 is on meta; only cpu is supported"):
+    with pytest.raises(ValueError, match="parameter p0 is on meta; only cpu and cuda are supported"):
         bind(DoubleSqueeze(), torch.zeros(64, 64, device="meta"))
 
 

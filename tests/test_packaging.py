@@ -36,6 +36,8 @@ def test_wheel_holds_the_package_and_its_kernels(releases):
     _, names, metadata = releases
     assert not tracked("ds_horovod") - names
     assert any(name.startswith("ds_horovod/_cpu.") and name.endswith(".so") for name in names)
+    sources = {name.replace("csrc/cuda", "ds_horovod/kernels/csrc") for name in tracked("csrc/cuda")}
+    assert sources and not sources - names
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"ds_horovod", "ds_horovod.egg"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.1", "Requires-Dist: numpy"]

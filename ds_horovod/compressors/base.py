@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from ..memory import Memory
 
 _HEADER = 16  # bytes before the payload of a derived chunk, the first of which says what its values are:
 _TAME, _NOT_FINITE, _LARGE = range(3)
+
+_ROW = 32  # elements whose bits share a word
 
 TAME = 2.0**50
 """Sums of values up to this, and of their squares, cannot overflow."""
@@ -131,8 +134,16 @@ class Compressor(ABC):
         for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
             total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
 
+    def accumulate_all(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        """`accumulate` for each of some workers, uint8 ``(workers, chunk_nbytes)``, one after the other."""
+        for chunk in pushed:
+            self.accumulate(layout, chunk, weight, total)
+
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        """Whether all values that the chunks stand for are finite and, for a limit of `TAME`, no larger."""
+        """Whether all values that the chunks stand for are finite and, for a limit of `TAME`, no larger.
+
+        The host asks: on a GPU it waits for the answer.
+        """
         return not (chunks[:, 0] == _NOT_FINITE).any() and (limit > TAME or not (chunks[:, 0] == _LARGE).any())
 
     def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
@@ -154,11 +165,10 @@ class Compressor(ABC):
             uint8, ``(chunk_nbytes(layout),)``, all zero, receives the reply.
         """
         before, error = None, memory.error
-        if error is not None and not pusher.is_within(layout, pushed, TAME):
-            before = error.clone()  # rare: something may not be finite, or overflow
+        if error is not None and not (kernels.for_device(pushed.device).HOST and pusher.is_within(layout, pushed, TAME)):
+            before = error.clone()  # on CPUs rare: something may not be finite, or overflow
         total = torch.zeros(layout.shard_numel, device=pushed.device) if error is None else error
-        for worker in pushed:
-            pusher.accumulate(layout, worker, weight, total)
+        pusher.accumulate_all(layout, pushed, weight, total)
         self.encode(layout, None, replace(memory, error=total), chunk.unsqueeze(0))
         if before is not None:
             replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
@@ -167,6 +177,62 @@ class Compressor(ABC):
                 here = slice(offset, offset + len(values))
                 kept = total[here]
                 kept.copy_(torch.where(values.isfinite() & kept.isfinite(), kept, before[here]))
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 - nothing is a fine default
+        """Makes ready what takes long, before the first pass over a layout."""
+
+    def lost(self, layout: Layout, chunks: Tensor) -> Tensor | None:
+        """Where the values that the chunks stand for are not finite.
+
+        Returns
+        -------
+        Tensor or None
+            int32, ``(layout.numel / 32,)``: a bit for each element of the bucket, the first in the lowest bit. None:
+            nowhere.
+        """
+        if self.is_within(layout, chunks):
+            return None
+        values = [torch.empty(numel, device=chunks.device) for numel in layout.numels]
+        self.decode(layout, chunks, values)
+        flat = torch.zeros(layout.numel, dtype=torch.bool, device=chunks.device)
+        for offset, arrived in zip(layout.offsets, values, strict=True):
+            flat[offset : offset + len(arrived)] = ~arrived.isfinite()
+        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=chunks.device)
+        return (flat.view(-1, 8) * powers).sum(1).to(torch.uint8).view(torch.int32)
+
+    def take_back(self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory) -> None:
+        """Takes a pass back from the memory where the reply is not finite: e = (e' + Q[v] - g) / decay, up to rounding.
+
+        What was sent there is lost through no fault of the worker's, and an overflow step, which a GradScaler skips, must
+        not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. Elements
+        whose v was not finite have not been taken in the first place.
+
+        Parameters
+        ----------
+        payload
+            What `encode` made of the gradients.
+        lost
+            Where, as `lost` says.
+        """
+        assert memory.error is not None
+        sent = [torch.empty(n, device=payload.device) for n in layout.numels]
+        self.decode(layout, payload, sent)
+        bits = (lost[:, None] >> torch.arange(_ROW, device=lost.device) & 1).bool().view(-1)
+        for offset, gradient, own in zip(layout.offsets, gradients, sent, strict=True):
+            here = slice(offset, offset + len(own))
+            g = gradient.view(-1).float()
+            where = bits[here] & own.isfinite() & g.isfinite()
+            e = memory.error[here]
+            if memory.velocity is None:
+                e[where] = (e[where] + own[where] - g[where]) / memory.decay
+                continue
+            u = memory.velocity[here]
+            forgotten = (own != 0) if self.sparse else torch.zeros_like(where)
+            kept = where & ~forgotten
+            e[kept] = (e[kept] + own[kept] - u[kept]) / memory.decay
+            u[kept] = (u[kept] - g[kept]) / memory.momentum
+            gone = where & forgotten
+            e[gone] = (e[gone] + own[gone] - g[gone]) / memory.decay
 
     def _require_size(self, layout: Layout, chunks: Tensor) -> None:
         expected = layout.shards, self.chunk_nbytes(layout)
@@ -202,6 +268,39 @@ class Compressor(ABC):
 
 class FusedCompressor(Compressor):
     """A compressor with passes of its own, from which `compress` and `decompress` are derived."""
+
+    @abstractmethod
+    def format(self, layout: Layout) -> Any:
+        """How its chunks are written, as a `kernels.formats` says."""
+
+    def prepare(self, layout: Layout, device: torch.device) -> None:
+        kernels.for_device(device).prepare(self.format(layout), layout, device)
+
+    def accumulate_all(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        if kernels.for_device(pushed.device).HOST:
+            return super().accumulate_all(layout, pushed, weight, total)
+        self.accumulate(layout, pushed, weight, total)
+
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+        if kernels.for_device(chunk.device).HOST:
+            return super().serve(layout, pushed, pusher, weight, memory, chunk)
+        # The sum lies beside the error, which stays where the reply is not finite: nobody could say in time whether it may.
+        error = memory.error
+        total = torch.zeros(layout.numel, device=chunk.device) if error is None else error.clone()
+        pusher.accumulate_all(layout, pushed, weight, total)
+        self.encode(layout, None, replace(memory, total=total), chunk.unsqueeze(0))
+
+    def lost(self, layout: Layout, chunks: Tensor) -> Tensor | None:
+        device = kernels.for_device(chunks.device)
+        if device.HOST:
+            return super().lost(layout, chunks)
+        return device.lost(self.format(layout), layout, chunks)  # type: ignore[no-any-return]
+
+    def take_back(self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory) -> None:
+        device = kernels.for_device(payload.device)
+        if device.HOST:
+            return super().take_back(layout, payload, lost, gradients, memory)
+        device.take_back(self.format(layout), layout, payload, lost, gradients, memory, self.sparse)
 
     def payload_nbytes(self, numel: int) -> int:
         return self.chunk_nbytes(self._alone(numel))

@@ -12,7 +12,7 @@ from .. import kernels
 from ..kernels.formats import CastFormat, align
 from ..layout import Layout
 from ..memory import Memory
-from .base import LARGEST, FusedCompressor
+from .base import LARGEST, Compressor, FusedCompressor
 
 _DTYPES = ("fp16", "bf16")
 
@@ -41,8 +41,11 @@ class Cast(FusedCompressor):
         if self.dtype not in _DTYPES:
             raise ValueError(f"Cast: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
+    def format(self, layout: Layout) -> CastFormat:
+        return _format(self, layout)
+
     def chunk_nbytes(self, layout: Layout) -> int:
-        return _format(self, layout).nbytes
+        return self.format(layout).nbytes
 
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).cast_encode(_format(self, layout), layout, gradients, memory, chunks)
@@ -52,6 +55,12 @@ class Cast(FusedCompressor):
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         kernels.for_device(chunk.device).cast_accumulate(_format(self, layout), layout, chunk, weight, total)
+
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+        device = kernels.for_device(chunk.device)
+        if pusher != self or device.HOST:
+            return super().serve(layout, pushed, pusher, weight, memory, chunk)
+        device.cast_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
         return bool(kernels.for_device(chunks.device).cast_is_within(_format(self, layout), chunks, limit))

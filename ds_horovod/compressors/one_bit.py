@@ -56,8 +56,11 @@ class OneBit(FusedCompressor):
         if self.granularity not in _GRANULARITIES:
             raise ValueError(f"OneBit: granularity must be one of {', '.join(_GRANULARITIES)}, got {self.granularity!r}")
 
+    def format(self, layout: Layout) -> OneBitFormat:
+        return _format(self, layout)
+
     def chunk_nbytes(self, layout: Layout) -> int:
-        return _format(self, layout).nbytes
+        return self.format(layout).nbytes
 
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, memory, chunks)
@@ -73,9 +76,10 @@ class OneBit(FusedCompressor):
         return bool(kernels.for_device(chunks.device).all_within(scales.view(torch.float32), limit))
 
     def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
-        if pusher != self or self.granularity != "block":
+        device = kernels.for_device(chunk.device)
+        if pusher != self or (device.HOST and self.granularity != "block"):
             return super().serve(layout, pushed, pusher, weight, memory, chunk)
-        kernels.for_device(chunk.device).one_bit_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
+        device.one_bit_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
 
 
 @lru_cache(maxsize=1024)

@@ -38,8 +38,11 @@ class _Levels(FusedCompressor):
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ValueError(f"{name}: seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
 
+    def format(self, layout: Layout) -> QuantizeFormat:
+        return _format(self, layout)
+
     def chunk_nbytes(self, layout: Layout) -> int:
-        return _format(self, layout).nbytes
+        return self.format(layout).nbytes
 
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).quantize_encode(_format(self, layout), layout, gradients, memory, chunks)

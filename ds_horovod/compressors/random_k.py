@@ -14,7 +14,7 @@ from .. import kernels
 from ..kernels.formats import RANDOM_K_HEADER, RandomKFormat, align
 from ..layout import Layout
 from ..memory import Memory
-from .base import LARGEST, FusedCompressor
+from .base import LARGEST, Compressor, FusedCompressor
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -57,8 +57,11 @@ class RandomK(FusedCompressor):
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"RandomK: seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
 
+    def format(self, layout: Layout) -> RandomKFormat:
+        return _format(self, layout)
+
     def chunk_nbytes(self, layout: Layout) -> int:
-        return _format(self, layout).nbytes
+        return self.format(layout).nbytes
 
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).random_k_encode(_format(self, layout), layout, gradients, memory, chunks)
@@ -68,6 +71,12 @@ class RandomK(FusedCompressor):
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         kernels.for_device(chunk.device).random_k_accumulate(_format(self, layout), layout, chunk, weight, total)
+
+    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+        device = kernels.for_device(chunk.device)
+        if pusher != self or device.HOST:
+            return super().serve(layout, pushed, pusher, weight, memory, chunk)
+        device.random_k_serve(_format(self, layout), layout, pushed, weight, memory, chunk)
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
         dtype = _DTYPES[self.values]

@@ -63,8 +63,11 @@ class TopK(FusedCompressor):
         for name, value in (("ratio", ratio), ("k", k), ("values", values)):
             object.__setattr__(self, name, value)
 
+    def format(self, layout: Layout) -> TopKFormat:
+        return _format(self, layout)
+
     def chunk_nbytes(self, layout: Layout) -> int:
-        return _format(self, layout).nbytes
+        return self.format(layout).nbytes
 
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, memory, chunks)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import cpu
+from . import cpu, cuda
 
 
 def for_device(device: torch.device) -> ModuleType:
@@ -23,4 +23,6 @@ def for_device(device: torch.device) -> ModuleType:
     """
     if device.type == "cpu":
         return cpu
-    raise ValueError(f"DoubleSqueeze has no kernels for tensors on {device}; it supports cpu")
+    if device.type == "cuda":
+        return cuda
+    raise ValueError(f"DoubleSqueeze has no kernels for tensors on {device}; it supports cpu and cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ except ImportError as error:
     raise ImportError(
         "ds_horovod's compiled kernels are missing; install the package (pip install .) instead of importing its sources"
     ) from error
+
+HOST = True
+"""Whether the host may look at results without waiting for them."""
 
 _ELEMENTS_PER_THREAD = 1 << 20  # some tenths of a millisecond: less is not worth waking a thread
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -115,6 +118,10 @@ def _bytes(payload: Tensor) -> tuple[int, int]:
     if payload.dtype != torch.uint8 or not payload.is_contiguous():
         raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
     return payload.data_ptr(), payload.numel()
+
+
+def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
+    """Makes ready what takes long: nothing."""
 
 
 def _encode(

@@ -75,7 +75,10 @@ class QuantizeFormat(NamedTuple):
 
 
 class CastFormat(NamedTuple):
-    """A 16-bit float for each element of the shard. What is not finite is NaN: 0x7e00 as fp16, 0x7fc0 as bf16."""
+    """A 16-bit float for each element of the shard. What is not finite is NaN: 0x7e00 as fp16, 0x7fc0 as bf16.
+
+    Kernels on GPUs write `NoCompression` too, as "fp32", with NaN 0x7fc00000.
+    """
 
     dtype: str
     nbytes: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,15 @@ from .formats import (
     TopKFormat,
 )
 
+HOST = True  # as in `cpu`
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
+
+
+def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
+    """Makes ready what takes long: nothing."""
 
 
 def flush(x: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ struct SumOfWorkers {
             const i32 i = k * codec.columns + j;
             v[k] = error && i < count ? error[i] : 0.f;
         }
+        if (!count) return;
         for (i64 w = 0; w < workers; w++) {
             const u8* chunk = pushed + w * codec.chunk_bytes;
             const float step = step_in(chunk, block) * weight;

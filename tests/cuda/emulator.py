@@ -29,7 +29,24 @@ SCHEDULES = {
     "greedy, warps at random": 6,
 }
 """Who goes on when several threads can; what the numbers are stands in emulation.h."""
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fsanitize-sections=emulated_shared", "-fno-sanitize-recover=all")
+SANITIZED = "DS_HOROVOD_EMULATE_SANITIZED"
+"""Environment variable: kernels are compiled with AddressSanitizer and UBSan, which `sanitized` loads first."""
+_SANITIZE = ("-g", "-fsanitize=address,undefined", "-fsanitize-sections=emulated_shared", "-fno-sanitize-recover=all")
+
+
+def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose emulated kernels may not touch what is not theirs, nor do what C++ leaves undefined."""
+    libraries = [
+        subprocess.check_output(["gcc", f"-print-file-name=lib{name}.so"], text=True).strip() for name in ("asan", "ubsan")
+    ]
+    environment = {
+        **os.environ,
+        SANITIZED: "1",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:symbolize=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 class EmulationError(RuntimeError):
@@ -92,7 +109,7 @@ class EmulatedDevice:
         self.schedule = SCHEDULES[schedule]
         self.launches: list[str] = []
         """Names of the kernels, in order."""
-        self._flags, self._mutate = flags, mutate
+        self._flags, self._mutate = flags + (_SANITIZE if os.environ.get(SANITIZED) else ()), mutate
         self._libraries: dict[tuple[str, tuple[str, ...]], ctypes.CDLL] = {}
 
     def kernel(self, family: str, name: str, options: tuple[str, ...] = ()) -> EmulatedKernel:

@@ -565,32 +565,37 @@ struct OpenRun {
         const i64 runs = ceil_div(layout.shard_numel, kRun);
         const u32* counts = reinterpret_cast<const u32*>(chunk);
         const u32 most = u32(min(codec.k, kRun));
-        u64 sums[5] = {};  // entries, scales, bytes of upper and lower bits before the run; and all entries
+        u64 of_all = 0;
+        u32 before[4] = {};  // entries, scales, bytes of upper and lower bits
+#pragma unroll 1
         for (i64 r = threadIdx.x; r < runs; r += kThreads) {
             const u32 n = counts[r];
-            sums[4] += n <= most ? n : u64(codec.k) + 1;
+            of_all += n <= most ? n : u64(codec.k) + 1;
             if (r >= run || n > most) continue;
-            sums[0] += n;
-            sums[1] += u64(ceil_div(n, kEntries));
-            sums[2] += codec.upper_bytes(run_numel(layout, r), n);
-            sums[3] += codec.low_bytes(n);
+            before[0] += n;
+            before[1] += u32(ceil_div(n, kEntries));
+            before[2] += codec.upper_bytes(run_numel(layout, r), n);
+            before[3] += codec.low_bytes(n);
         }
-#pragma unroll
-        for (int i = 0; i < 5; i++) sum_before(sums[i], totals, &sums[i]);
-        sound = sums[4] <= u64(codec.k);
+        sum_before(of_all, totals, &of_all);
+        sound = of_all <= u64(codec.k);
         if (!sound) return;
-        count = counts[run], entries = u32(sums[0]), scales = u32(sums[1]), low = u32(sums[3]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum_before(before[i], few_totals, &before[i]);
+        count = counts[run], entries = before[0], scales = before[1], low = before[3];
         ranks.clear();
         __syncthreads();
-        const u8* upper = chunk + codec.upper_at + sums[2];
+        const u8* upper = chunk + codec.upper_at + before[2];
         const u32 bytes = codec.upper_bytes(run_numel(layout, run), count), b = u32(codec.low_bits);
         u32 seen = 0, all;
+#pragma unroll 1
         for (u32 base = 0; base < bytes; base += 4 * kThreads) {
             const u32 byte = base + 4 * threadIdx.x;
             u32 word = 0;
             for (u32 i = 0; i < 4; i++)
                 if (byte + i < bytes) word |= u32(upper[byte + i]) << 8 * i;
             u32 entry = seen + sum_before(u32(__popc(word)), few_totals, &all);
+#pragma unroll 1
             for (; word && entry < count; word &= word - 1, entry++) {
                 const u32 row = 8 * byte + u32(__ffs(int(word))) - 1 - (b ? entry : 0);
                 const u64 offset = u64(row) << b | (b ? field(entry) & ((1u << b) - 1) : 0);
@@ -634,8 +639,10 @@ top_k_accumulate(TopK codec, Layout layout, const u8* chunks, i64 workers, float
     const i64 start = i64(blockIdx.x) * kRun;
     for (i64 w = 0; w < workers; w++, run.chunk += codec.chunk_bytes) {
         run.open(layout, blockIdx.x, totals_, few_totals_);
+#pragma unroll 1
         for (int i = int(threadIdx.x); i < kRunWords; i += kThreads) {
             if (run.sound) {
+#pragma unroll 1
                 for (u32 bits = words_[i]; bits; bits &= bits - 1) {
                     const u32 offset = 32 * u32(i) + u32(__ffs(int(bits))) - 1;
                     total[start + offset] = total[start + offset] + run.value(run.ranks.rank(offset)) * weight;
@@ -661,6 +668,7 @@ top_k_lost(TopK codec, Layout layout, const u8* chunks, u32* lost) {
     const Row row(layout);
     if (row.inside >= layout.shard_numel) return;
     u32 bits = run.sound ? 0 : kAllLanes;
+#pragma unroll 1
     for (u32 left = run.sound ? words_[row_in_run()] : 0; left; left &= left - 1) {
         const u32 j = u32(__ffs(int(left))) - 1;
         if (!is_finite(run.at(32 * row_in_run() + j))) bits |= 1u << j;

@@ -305,9 +305,10 @@ top_k_narrow(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
 }
 
 // Of the shard's runs: which entries, and where. All threads of one block call it.
-__device__ inline void place_runs(const TopK& codec, const Layout& layout, const Work& work, const Choice& choice, u32 totals[kWarps],
-                                  u8* chunk) {
-    const i64 runs = gridDim.x, each = ceil_div(runs, kThreads), begin = min(each * threadIdx.x, runs), end = min(begin + each, runs);
+__device__ inline void place_runs(const TopK& codec, const Layout& layout, const Work& work, const Choice& choice,
+                                  u32 totals[kWarps], u8* chunk) {
+    const i64 runs = gridDim.x, each = ceil_div(runs, kThreads);
+    const i64 begin = min(each * threadIdx.x, runs), end = min(begin + each, runs);
     Run* of_shard = work.runs + i64(blockIdx.y) * runs;
     u32 equal = 0, all;
     for (i64 r = begin; r < end; r++) equal += __ldcg(&of_shard[r].equal);
@@ -397,7 +398,9 @@ struct Ranks {
         return all;
     }
     __device__ bool has(u32 offset) const { return words[offset / 32] >> offset % 32 & 1; }
-    __device__ u32 rank(u32 offset) const { return before[offset / 32] + __popc(words[offset / 32] & ((1u << offset % 32) - 1)); }
+    __device__ u32 rank(u32 offset) const {
+        return before[offset / 32] + __popc(words[offset / 32] & ((1u << offset % 32) - 1));
+    }
     __device__ void set(u32 offset) const { atomicOr(&words[offset / 32], 1u << offset % 32); }
     __device__ void clear() const {
         for (int w = int(threadIdx.x); w < kRunWords; w += kThreads) words[w] = 0;
@@ -480,7 +483,8 @@ top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wor
     for (int w = first_word; w < first_word + kThreadWords; w++) ties += __popc(equal_words[w]);
     u32 before = sum_before(ties, totals, &all);
     for (int w = first_word; w < first_word + kThreadWords; w++)
-        for (u32 bits = equal_words[w]; bits && before < run.equal; bits &= bits - 1, before++) chosen_words[w] |= bits & (0u - bits);
+        for (u32 bits = equal_words[w]; bits && before < run.equal; bits &= bits - 1, before++)
+            chosen_words[w] |= bits & (0u - bits);
     chosen.count(totals);
 
     u32* offsets = work.sorted_offsets + shard * codec.k + run.entries;

@@ -587,8 +587,7 @@ struct OpenRun {
 #pragma unroll
         for (int i = 0; i < 4; i++) sum_before(before[i], few_totals, &before[i]);
         count = counts[run], entries = before[0], scales = before[1], low = before[3];
-        ranks.clear();
-        __syncthreads();
+        ranks.clear();  // before the barriers below
         const u8* upper = chunk + codec.upper_at + before[2];
         const u32 bytes = codec.upper_bytes(run_numel(layout, run), count), b = u32(codec.low_bits);
         u32 seen = 0, all;
@@ -656,7 +655,6 @@ top_k_accumulate(TopK codec, Layout layout, const u8* chunks, i64 workers, float
                 for (int j = 0; j < min(place.count, 32ll); j++) total[start + 32 * i + j] = float_of(kNaN);
             }
         }
-        __syncthreads();
     }
 }
 

@@ -168,9 +168,23 @@ class DoubleSqueeze:
     # ---- called by the hook
 
     def bind(
-        self, name: str, parameters: Sequence[tuple[str, Tensor]], average: bool, transport: GroupTransport[Any]
+        self,
+        name: str,
+        parameters: Sequence[tuple[str, Tensor]],
+        average: bool,
+        transport: GroupTransport[Any],
+        groups: Sequence[Sequence[str]] = (),
     ) -> Session[Any] | None:
         """Ties this instance to the parameters of one optimizer.
+
+        Parameters
+        ----------
+        name, parameters, transport
+            As for `Session`.
+        average
+            Whether gradients are averaged rather than added up.
+        groups
+            Names of parameters that travel together.
 
         Returns
         -------
@@ -184,7 +198,7 @@ class DoubleSqueeze:
         """
         if self._size >= 0:
             raise ValueError("DoubleSqueeze: this instance is in use already; make one for each optimizer")
-        selection = Selection(self.min_numel, self.bucket_cap_mb)
+        selection = Selection(self.min_numel, self.bucket_cap_mb, groups=tuple(map(tuple, groups)))
         for label, p in parameters:
             if not p.is_floating_point():
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
@@ -236,8 +250,6 @@ class DoubleSqueeze:
         return session
 
     def _options(self, average: bool, size: int) -> Options:
-        if self.server is not None and self.server >= size:
-            raise ValueError(f"DoubleSqueeze: server must be a rank from 0 to {size - 1}, got {self.server}")
         weight = 1.0 / size if average else 1.0
         return Options(
             self.compressor,

@@ -17,7 +17,11 @@ _default: DoubleSqueeze | None = None
 
 
 def allreduce(
-    tensor: Tensor, name: str, op: Any = hvd.Average, compression: DoubleSqueeze | type[DoubleSqueeze] = DoubleSqueeze
+    tensor: Tensor,
+    name: str,
+    op: Any = hvd.Average,
+    compression: DoubleSqueeze | type[DoubleSqueeze] = DoubleSqueeze,
+    process_set: Any = hvd.global_process_set,
 ) -> Tensor:
     """Averages or sums a tensor over all ranks through the two compressed passes, in place of ``hvd.allreduce``.
 
@@ -36,6 +40,8 @@ def allreduce(
     compression
         An instance holds the errors of the names used with it (`DoubleSqueeze.state_dict`, `DoubleSqueeze.stats`) and
         must not be an optimizer's. The class: an instance with defaults that all such calls share.
+    process_set
+        The ranks that take part, all of which call it.
 
     Returns
     -------
@@ -60,10 +66,13 @@ def allreduce(
     if not isinstance(compression, DoubleSqueeze):
         raise TypeError(f"allreduce: compression must be DoubleSqueeze or an instance of it, got {compression!r}")
     average = is_average(op)
-    if hvd.size() == 1 or tensor.numel() == 0:
+    if not process_set.included():
+        raise ValueError(f"allreduce: process_set must hold this rank, {hvd.rank()}; got {process_set}")
+    if process_set.size() == 1 or tensor.numel() == 0:
         return tensor.clone()
     require_horovod_for([tensor.device])
-    session = compression.tensor_session("doublesqueeze.tensor", name, tensor, average, HorovodTransport(compression.server))
+    transport = HorovodTransport(compression.server, process_set)
+    session = compression.tensor_session("doublesqueeze.tensor", name, tensor, average, transport)
     ((_, stand_in),) = session.parameters
     stand_in.grad = tensor.detach().clone(memory_format=torch.contiguous_format)
     session.meet(stand_in)

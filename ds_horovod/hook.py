@@ -10,12 +10,14 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import horovod
 import horovod.torch as hvd
 import torch
+from horovod.common.util import split_list
 from horovod.torch import optimizer as stock
 from torch import Tensor
 
@@ -25,7 +27,8 @@ from .uncompressed import clip
 
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
-_optimizers = itertools.count()  # ranks make their optimizers in the same order, so this names them alike
+# The ranks of a process set make its optimizers in the same order, so this names them alike.
+_optimizers: dict[int, Iterator[int]] = defaultdict(itertools.count)
 
 
 def install() -> None:
@@ -94,20 +97,19 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         if squeeze is None:
             return original(self, *args, **kwargs)
         average = is_average(call.arguments["op"])
-        if call.arguments["groups"] not in (None, 0):
-            raise ValueError(f"DoubleSqueeze: groups is not supported yet, got {call.arguments['groups']!r}; leave it out")
-        if call.arguments["process_set"] is not hvd.global_process_set:
-            raise ValueError(
-                f"DoubleSqueeze: process_set is not supported yet, got {call.arguments['process_set']}; leave it out"
-            )
+        groups, process_set = call.arguments["groups"], call.arguments["process_set"]
         call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
+        call.arguments["groups"] = None  # they are our buckets; what is not compressed Horovod fuses anyway
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
-        if hvd.size() > 1:
+        if process_set.included() and process_set.size() > 1:
             require_horovod_for(p.device for _, p in parameters)
-        name = f"doublesqueeze.{next(_optimizers)}"
+        grouped = _named_groups(groups, parameters)
+        name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"
         self._double_squeeze_late = _LateGradients()
-        self._double_squeeze_session = squeeze.bind(name, parameters, average, HorovodTransport(squeeze.server))
+        if process_set.included():
+            transport = HorovodTransport(squeeze.server, process_set)
+            self._double_squeeze_session = squeeze.bind(name, parameters, average, transport, grouped)
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
@@ -116,6 +118,29 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
             _warn_of_two_momenta(squeeze.momentum, self.param_groups)
 
     return __init__
+
+
+def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
+    """What ``groups=`` of ``hvd.DistributedOptimizer`` says, by names.
+
+    Raises
+    ------
+    ValueError
+        It is neither a number nor lists of the optimizer's parameters, each at most once.
+    """
+    if groups is None or (isinstance(groups, int) and groups == 0):
+        return []
+    trained = [name for name, p in parameters if p.requires_grad]
+    if isinstance(groups, int) and groups > 0:
+        return [part for part in split_list(trained, groups) if part]
+    name_of = {p: name for name, p in parameters}
+    members = [p for group in groups for p in group] if isinstance(groups, list) else [None]
+    if any(not isinstance(p, Tensor) or p not in name_of for p in members) or len(set(members)) < len(members):
+        raise ValueError(
+            "DoubleSqueeze: groups must be a number of groups, 0 or more, or a list of lists of the optimizer's parameters, "
+            f"each at most once; got {groups!r}"
+        )
+    return [[name_of[p] for p in group] for group in groups if group]
 
 
 def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
@@ -176,6 +201,9 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
             late.forget()
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
+        sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
+        if sparse_dim is not None:
+            p.grad = p.grad.to_dense()
         compressed = session.meet(p)
         dense = None
         if compressed:
@@ -189,9 +217,11 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
             session.depart()
             late.depart(lambda q: _dense(self, q, original))
             session.drain()
-            if compressed:
-                return session.finish(p)
-            return late.result(p) if dense is None else _result(dense)
+            aggregated = session.finish(p) if compressed else late.result(p) if dense is None else _result(dense)
+            if sparse_dim is not None:  # as it was: some optimizers take no other
+                p.grad = aggregated.to_sparse(sparse_dim)
+                return p.grad.clone()
+            return aggregated
 
         return result, None
 
@@ -225,7 +255,7 @@ def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:
     if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
         return original(self, p)[0]
     copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype)
-    handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op)
+    handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op, process_set=self.process_set)
     return lambda: gradient.copy_(hvd.synchronize(handle))
 
 

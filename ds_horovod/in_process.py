@@ -52,6 +52,8 @@ class InProcessTransport:
     @classmethod
     def group(cls, size: int, server: int | None = None) -> list[InProcessTransport]:
         """Transports of `size` workers that reach each other; `server` as in `HorovodTransport`."""
+        if server is not None and not 0 <= server < size:
+            raise ValueError(f"InProcessTransport: server must be None or from 0 to {size - 1}, got {server}")
         mailbox = _Mailbox()
         return [cls(rank, size, server, mailbox) for rank in range(size)]
 

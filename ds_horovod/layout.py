@@ -100,7 +100,9 @@ def pack(numels: Sequence[int], block: int, shards: int) -> Layout:
     return Layout(tuple(offsets), tuple(numels), shards, -(-blocks // shards) * block)
 
 
-def fill_buckets(nbytes: Sequence[int], kinds: Sequence[Hashable], cap: float | None) -> list[list[int]]:
+def fill_buckets(
+    nbytes: Sequence[int], kinds: Sequence[Hashable], cap: float | None, groups: Sequence[int | None] | None = None
+) -> list[list[int]]:
     """Groups tensors into buckets by their order alone, so that all ranks have the same ones by construction.
 
     Tensors are taken from the last to the first, which is about the order in which backward produces gradients.
@@ -113,6 +115,8 @@ def fill_buckets(nbytes: Sequence[int], kinds: Sequence[Hashable], cap: float | 
         Tensors of different kinds (dtype, device) never share a bucket.
     cap
         Bytes in a bucket, at most, but for a tensor that is larger by itself. None: no limit.
+    groups
+        Of each tensor, None for those in no group. Tensors of a group and kind are a bucket of their own, of any size.
 
     Returns
     -------
@@ -127,10 +131,11 @@ def fill_buckets(nbytes: Sequence[int], kinds: Sequence[Hashable], cap: float | 
     buckets: list[list[int]] = []
     open_bucket: dict[Hashable, tuple[list[int], int]] = {}
     for i in reversed(range(len(nbytes))):
-        bucket, size = open_bucket.get(kinds[i], ([], 0))
-        if not bucket or (cap is not None and size + nbytes[i] > cap):
+        group = None if groups is None else groups[i]
+        bucket, size = open_bucket.get((kinds[i], group), ([], 0))
+        if not bucket or (group is None and cap is not None and size + nbytes[i] > cap):
             bucket, size = [], 0
             buckets.append(bucket)
         bucket.append(i)
-        open_bucket[kinds[i]] = (bucket, size + nbytes[i])
+        open_bucket[kinds[i], group] = (bucket, size + nbytes[i])
     return buckets

@@ -54,6 +54,8 @@ class Selection:
     bucket_cap_mb: float | None
 
     min_dim: int = 2
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Names of parameters that travel together, whatever their size, as Horovod's ``groups=`` says."""
 
     def takes(self, p: Tensor) -> bool:
         """Whether a parameter is compressed: a matrix or more, of a kind whose error fits float32, and not small."""
@@ -133,10 +135,12 @@ class Session(Generic[Handle]):
         """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
         chosen = [(n, p) for n, p in self.parameters if n not in sparse and self.selection.takes(p)]
         cap = self.selection.bucket_cap_mb
+        group_of = {name: g for g, names in enumerate(self.selection.groups) for name in names}
         filled = fill_buckets(
             [p.numel() * p.element_size() for _, p in chosen],
             [(p.dtype, p.device) for _, p in chosen],
             None if cap is None else cap * 2**20,
+            [group_of.get(n) for n, _ in chosen],
         )
         block = math.lcm(self.options.compressor.block, self.options.server_compressor.block)
         buckets = []
@@ -325,6 +329,7 @@ class Session(Generic[Handle]):
             "max_norm": self.options.max_norm,
             "min_numel": self.selection.min_numel,
             "bucket_cap_mb": self.selection.bucket_cap_mb,
+            "groups": [" ".join(names) for names in self.selection.groups],
             "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],
             "sparse parameters": sorted(self.sparse),
         }

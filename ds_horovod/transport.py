@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +24,7 @@ def require_horovod_for(devices: Iterable[torch.device]) -> None:
 
 
 class HorovodTransport:
-    """Horovod between all ranks: one alltoall to push, one allgather to pull.
+    """Horovod between the ranks of a process set: one alltoall to push, one allgather to pull.
 
     Splits are equal, sizes and names fixed: that keeps Horovod's response cache and its fastest paths. With one server
     the alltoall sends everything to that rank, which broadcasts its reply.
@@ -31,30 +32,41 @@ class HorovodTransport:
     Parameters
     ----------
     server
-        The rank that serves all of every bucket. None: every rank serves its shard.
+        The rank that serves all of every bucket, as `hvd.rank` counts. None: every rank serves its shard.
+    process_set
+        This rank must be in it. `rank` and `size` are those within it.
+
+    Raises
+    ------
+    ValueError
+        The server is not in the process set.
     """
 
-    def __init__(self, server: int | None = None) -> None:
-        self.rank: int = hvd.rank()
-        self.size: int = hvd.size()
+    def __init__(self, server: int | None = None, process_set: Any = hvd.global_process_set) -> None:
+        ranks = process_set.ranks or list(range(hvd.size()))
+        if server is not None and server not in ranks:
+            raise ValueError(f"DoubleSqueeze: server must be one of the ranks {', '.join(map(str, ranks))}; got {server}")
+        self.rank: int = process_set.rank()
+        self.size: int = process_set.size()
         self.server = server
         self.shards = self.size if server is None else 1
-        self.serves = self.rank if server is None else (0 if server == self.rank else None)
         # Horovod says then that a collective is done when the default stream has been told to wait for it.
         self.stream_ordered = _is_set("HOROVOD_ENABLE_ASYNC_COMPLETION") or _is_set("HOROVOD_ENABLE_XLA_OPS")
+        self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
+        self._process_set = process_set
         self._splits = None
         if server is not None:
-            self._splits = torch.tensor([int(rank == server) for rank in range(self.size)], dtype=torch.int32)
+            self._splits = torch.tensor([int(rank == server) for rank in ranks], dtype=torch.int32)
 
     def push(self, payload: Tensor, name: str) -> int:
-        return int(hvd.alltoall_async(payload, splits=self._splits, name=name))
+        return int(hvd.alltoall_async(payload, splits=self._splits, name=name, process_set=self._process_set))
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> int:
         if self.server is None:
             assert reply is not None
-            return int(hvd.allgather_async(reply.unsqueeze(0), name=name))
+            return int(hvd.allgather_async(reply.unsqueeze(0), name=name, process_set=self._process_set))
         buffer = torch.empty(1, nbytes, dtype=torch.uint8, device=device) if reply is None else reply.unsqueeze(0)
-        return int(hvd.broadcast_async_(buffer, root_rank=self.server, name=name))
+        return int(hvd.broadcast_async_(buffer, root_rank=self.server, name=name, process_set=self._process_set))
 
     def poll(self, handle: int) -> bool:
         return bool(hvd.poll(handle))
@@ -66,7 +78,11 @@ class HorovodTransport:
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Every rank's value, by rank. Blocks."""
-        return list(hvd.allgather_object(value, name=name))
+        # hvd.allgather_object knows no process sets.
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = hvd.allgather(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
+        everyones = hvd.allgather(own, name=name, process_set=self._process_set)
+        return [pickle.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
 
 
 def _is_set(variable: str) -> bool:

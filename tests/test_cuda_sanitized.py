@@ -1,4 +1,4 @@
-"""Emulated kernels touch nothing that is not theirs: odd sizes and addresses, padding, payloads of noise, under ASan and UBSan."""
+"""Emulated kernels touch nothing that is not theirs, under ASan and UBSan: odd sizes and addresses, padding, noisy payloads."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 def test_emulated_kernels_stay_inside(tests):
     files = sorted(str(path) for path in HERE.glob("test_cuda_emulated*.py"))
     # Not captured: AddressSanitizer ends the process, and what pytest has captured with it.
-    result = sanitized([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=no", *files, "-k", tests])
+    result = sanitized(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=no", *files, "-k", tests]
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert "passed" in result.stdout
 

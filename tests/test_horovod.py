@@ -31,6 +31,10 @@ def test_one_process_is_left_alone():
     assert "alone: ok" in horovodrun(1, str(WORKERS / "alone.py"))
 
 
+def test_process_sets():
+    assert horovodrun(4, str(WORKERS / "process_sets.py")).count("process sets: ok") == 4
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_killed_rank_surfaces_as_horovods_error(ranks):
     with separate_ranks(ranks, str(WORKERS / "dies.py")) as processes:

@@ -113,3 +113,9 @@ def test_a_full_bucket_may_be_exactly_full():
 
 def test_no_tensors_no_buckets():
     assert fill_buckets([], [], 10) == []
+
+
+def test_a_group_is_a_bucket_whatever_its_size():
+    groups = [0, None, 0, None, 1, 1]
+    assert fill_buckets([9, 5, 9, 5, 1, 1], "ffffff", 6, groups) == [[5, 4], [3], [2, 0], [1]]
+    assert fill_buckets([9, 5, 9, 5, 1, 1], "fffffg", 6, groups) == [[5], [4], [3], [2, 0], [1]]

@@ -209,7 +209,7 @@ def bind(squeeze, *parameters, size=2):
 
 @pytest.mark.parametrize("server, size", [(2, 2), (7, 3), (1, 1)])
 def test_a_server_out_of_range(server, size):
-    with pytest.raises(ValueError, match=f"server must be a rank from 0 to {size - 1}, got {server}"):
+    with pytest.raises(ValueError, match=f"server must be None or from 0 to {size - 1}, got {server}"):
         bind(DoubleSqueeze(server=server), torch.zeros(64, 64), size=size)
 
 

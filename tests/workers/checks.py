@@ -508,6 +508,60 @@ def every_optimizer_class():
 
 
 @check
+def groups_are_buckets():
+    """However parameters are grouped, an uncompressed exchange gives what stock Horovod does."""
+    results = []
+    for compression, groups in (
+        (hvd.Compression.none, None), (squeeze(NoCompression()), 1), (squeeze(NoCompression()), 2),
+        (squeeze(NoCompression()), []),
+    ):  # fmt: skip
+        model = small_model()
+        if groups == []:  # the outer matrices together
+            groups = [[model[4].weight, model[0].weight, model[0].bias]]
+        optimizer = distributed(model, compression, groups=groups)
+        for step in range(3):
+            train_step(model, optimizer, step)
+            assert_identical(model)
+        results.append(flat(model.parameters()))
+        if compression is not hvd.Compression.none:
+            found = sorted(sorted(bucket.names) for bucket in optimizer._double_squeeze_session.buckets)
+            first, second, third = "0.weight", "2.weight", "4.weight"
+            expected = {1: [[first, second, third]], 2: [[first, second], [third]]}  # of 3 parameters each, with biases
+            assert found == (expected[groups] if isinstance(groups, int) else [[first, third], [second]]), found
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)), groups=1 + (hvd.rank() == hvd.size() - 1))
+    with raises(ValueError, "do not agree", "groups"):
+        train_step(model, optimizer, 0)
+
+
+@check
+def sparse_gradients_made_dense_are_compressed():
+    """Rows without a gradient stay exact zeros, and the optimizer gets what it gets from Horovod: a sparse gradient."""
+    results = []
+    for compression in (hvd.Compression.none, squeeze(NoCompression()), squeeze(TopK(0.5))):
+        torch.manual_seed(0)
+        model = nn.Embedding(60, 40, sparse=True)
+        start = model.weight.detach().clone()
+        optimizer = distributed(model, compression, torch.optim.SparseAdam, {"lr": 0.01}, sparse_as_dense=True)
+        for step in range(3):
+            rows = torch.randint(0, 20, (16,), generator=torch.Generator().manual_seed(10 * step + hvd.rank()))
+            optimizer.zero_grad()
+            model(rows).square().sum().backward()
+            optimizer.synchronize()
+            assert model.weight.grad.is_sparse and model.weight.grad.shape == model.weight.shape
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            assert_identical(model)
+        assert torch.equal(model.weight[20:], start[20:]) and not torch.equal(model.weight[:20], start[:20])
+        if compression is not hvd.Compression.none:
+            assert optimizer.double_squeeze.stats()["compressed_bytes_sent"] > 0
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@check
 def sparse_gradients_stay_with_horovod():
     results = []
     for compression, as_dense in (
@@ -727,11 +781,13 @@ def horovods_allreduce_names_the_right_call():
 @check
 def refusals_at_bind():
     model = small_model()
-    with raises(ValueError, "groups", "2"):
-        distributed(model, DoubleSqueeze, groups=2)
+    weight = model[0].weight
+    for groups in (-1, 2.0, "ab", [weight], [[weight, weight]], [[weight], [weight]], [[torch.zeros(3)]]):
+        with raises(ValueError, "groups"):
+            distributed(model, DoubleSqueeze, groups=groups)
     with raises(ValueError, "Adasum"):
         distributed(model, DoubleSqueeze, op=hvd.Adasum)
-    with raises(ValueError, f"from 0 to {hvd.size() - 1}", "got 99"):
+    with raises(ValueError, "server must be one of the ranks 0, 1", "got 99"):
         distributed(model, DoubleSqueeze(server=99))
     with raises(ValueError, "complex64"):
         distributed(nn.Linear(33, 7, dtype=torch.complex64), DoubleSqueeze)

@@ -102,7 +102,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         call.arguments["groups"] = None  # they are our buckets; what is not compressed Horovod fuses anyway
         original(*call.args, **call.kwargs)
         parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
-        if hvd.size() > 1:
+        if process_set.included() and process_set.size() > 1:
             require_horovod_for(p.device for _, p in parameters)
         grouped = _named_groups(groups, parameters)
         name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"

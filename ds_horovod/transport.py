@@ -50,10 +50,10 @@ class HorovodTransport:
         self.size: int = process_set.size()
         self.server = server
         self.shards = self.size if server is None else 1
-        self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
-        self._process_set = process_set
         # Horovod says then that a collective is done when the default stream has been told to wait for it.
         self.stream_ordered = _is_set("HOROVOD_ENABLE_ASYNC_COMPLETION") or _is_set("HOROVOD_ENABLE_XLA_OPS")
+        self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
+        self._process_set = process_set
         self._splits = None
         if server is not None:
             self._splits = torch.tensor([int(rank == server) for rank in ranks], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Emulated kernels touch nothing that is not theirs, under ASan and UBSan: odd sizes, addresses, padding, noise."""
+"""Emulated kernels touch nothing that is not theirs, under ASan and UBSan: odd sizes and addresses, padding, noisy payloads."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
 """A wheel and a source release hold what they need, and building them needs neither torch nor Horovod."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,7 @@ from horovod_jobs import ROOT
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """The names in a source release, and in the wheel that is built from it, with the wheel's metadata."""
+    """The names in a source release, those in the wheel that is built from it, its metadata, and where it is unpacked."""
     out = tmp_path_factory.mktemp("releases")
     result = subprocess.run([sys.executable, "-m", "build", "--outdir", out, ROOT], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
@@ -19,8 +20,9 @@ def releases(tmp_path_factory):
         source_names = {name.partition("/")[2] for name in source.getnames()}
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
+        wheel.extractall(out / "unpacked")
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
-    return source_names, names, metadata
+    return source_names, names, metadata, out / "unpacked"
 
 
 def tracked(*patterns):
@@ -33,11 +35,23 @@ def test_source_release_is_complete(releases):
 
 
 def test_wheel_holds_the_package_and_its_kernels(releases):
-    _, names, metadata = releases
+    _, names, metadata, _ = releases
     assert not tracked("ds_horovod") - names
     assert any(name.startswith("ds_horovod/_cpu.") and name.endswith(".so") for name in names)
-    sources = {name.replace("csrc/cuda", "ds_horovod/kernels/csrc") for name in tracked("csrc/cuda")}
-    assert sources and not sources - names
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"ds_horovod", "ds_horovod.egg"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.1", "Requires-Dist: numpy"]
+
+
+def test_wheel_finds_the_cuda_sources_that_it_compiles(releases):
+    families = [name for name in tracked("csrc/cuda") if name.endswith(".cu")]
+    script = f"""
+from ds_horovod.kernels import launch
+assert launch.__file__.startswith({str(releases[3])!r})
+for family in {[name.split("/")[-1].removesuffix(".cu") for name in families]}:
+    assert "__global__" in launch.sources(family)
+"""
+    assert families
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=releases[3], env={**os.environ, "PYTHONPATH": str(releases[3])}
+    )

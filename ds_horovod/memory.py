@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -42,3 +43,5 @@ class Memory:
     """Index of the first shard of the layout that is encoded: what all ranks draw alike is drawn by shard."""
     step: int = 0
     """Passes so far."""
+    scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What kernels keep between passes for the sake of speed alone: no result depends on it, and no checkpoint has it."""

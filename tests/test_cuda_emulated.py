@@ -9,7 +9,7 @@ from emulator import SCHEDULES, EmulatedDevice
 from support import assert_same_bits, generator, spread
 from test_kernels import CONTENTS, make
 
-from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, kernels
+from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, kernels
 from ds_horovod.kernels import cuda, launch
 from ds_horovod.layout import Layout, pack
 from ds_horovod.memory import Memory
@@ -23,8 +23,10 @@ QUANTIZE = [Ternary(), Ternary(96), Quantize(2, 32), Quantize(3, 96), Quantize(3
 QUANTIZE += [Quantize(8, 64), Quantize(8, 2048 + 32), Ternary(2048 + 64, "stochastic", seed=3), Ternary(32, "stochastic", "l2")]
 QUANTIZE += [Quantize(3, 96, "stochastic"), Quantize(8, 2048, "stochastic", "l2", seed=2**64 - 1)]
 ELEMENTS = [Cast("fp16"), Cast("bf16"), RandomK(1e-5), RandomK(0.01), RandomK(0.3, values="fp16", seed=2**64 - 1), RandomK(1.0)]
-CODECS = ONE_BIT + QUANTIZE + ELEMENTS
+TOP_K = [TopK(0.01), TopK(0.3), TopK(1.0), TopK(k=3, values="fp16"), TopK(0.06, values="sign"), TopK(0.7, values="sign")]
+CODECS = ONE_BIT + QUANTIZE + ELEMENTS + TOP_K
 FEW_CODECS = [OneBit(), OneBit(32, "l2"), OneBit(96, granularity="bucket"), Quantize(4), Ternary(), Cast("fp16"), RandomK(0.1)]
+FEW_CODECS += [TopK(0.05, values="sign")]
 SIZES = [[1], [31], [33], [2047], [2049], [5, 100, 3000], [7000, 1, 33, 2048]]
 
 
@@ -219,7 +221,7 @@ def test_padding_that_the_layout_has_of_another_compressor(codec, emulated):
     compare("padding", lambda: passes(codec, layout, gradients, error, torch.float32))
 
 
-@pytest.mark.parametrize("codec", [*FEW_CODECS, *QUANTIZE, OneBit(96, granularity="parameter")], ids=str)
+@pytest.mark.parametrize("codec", [*FEW_CODECS, *QUANTIZE, *TOP_K, OneBit(96, granularity="parameter")], ids=str)
 def test_corrupt_payloads_stay_inside(codec, emulated):
     """No payload reads or writes out of bounds; a header that no encoder writes makes its shard NaN."""
     sizes = [5, 100, 3000]
@@ -233,11 +235,11 @@ def test_corrupt_payloads_stay_inside(codec, emulated):
         codec.take_back(
             layout, noise, codec.lost(layout, noise), decoded, memory_of(codec, torch.zeros(layout.numel))
         )  # fmt: skip
-        if isinstance(codec, RandomK):
+        if isinstance(codec, RandomK | TopK):
             assert all(values.isnan().all() for values in decoded)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("codec", ONE_BIT + QUANTIZE + ELEMENTS, ids=str)
 def test_at_most_three_launches_a_pass(codec, emulated):
     layout = pack([5, 100, 3000], codec.block, 1)
     gradients, memory = make("normal", layout.numels, torch.float32), memory_of(codec, torch.zeros(layout.numel))

@@ -8,7 +8,7 @@ import torch
 from emulator import EmulatedDevice
 from support import Int8, assert_same_bits, generator
 
-from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, kernels
+from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, kernels
 from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.kernels import cuda, launch
@@ -25,6 +25,8 @@ PAIRS = {
     "stochastic": (Quantize(4, rounding="stochastic"),) * 2,
     "fp16": (Cast(), Cast()),
     "random-k": (RandomK(0.1), RandomK(0.1)),
+    "top-k": (TopK(0.05), TopK(0.05)),
+    "top-k in signs": (TopK(0.05, values="sign"), TopK(0.1, values="fp16")),
     "1 bit, 4 bits back": (OneBit(96), Quantize(4, 64)),
     "random-k, bf16 back": (RandomK(0.1), Cast("bf16")),
     "ternary, 1 bit of buckets back": (Ternary(), OneBit(96, granularity="bucket")),
@@ -83,7 +85,7 @@ def test_exchange(pair, bad, emulated):
 
 
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
-@pytest.mark.parametrize("pusher", [Ternary(96), Quantize(2, 64), RandomK(0.1)], ids=str)
+@pytest.mark.parametrize("pusher", [Ternary(96), Quantize(2, 64), RandomK(0.1), TopK(0.05)], ids=str)
 def test_exchange_with_momentum(pusher, bad, emulated):
     compare(lambda: simulated(pusher, Quantize(4), False, torch.bfloat16, bad, momentum=0.9, error_decay=0.95))
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from ..layout import Layout
 from ..memory import Memory
 from . import launch as launching
-from .formats import CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat
+from .formats import RUN, CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
 from .launch import THREADS, by_value, struct
 
 HOST = False
 """Whether the host may look at results without waiting for them."""
 
-Format: TypeAlias = OneBitFormat | QuantizeFormat | CastFormat | RandomKFormat
+Format: TypeAlias = OneBitFormat | QuantizeFormat | CastFormat | RandomKFormat | TopKFormat
 _Argument: TypeAlias = np.ndarray[Any, Any]
 
 _ROW = 32  # kRow in csrc/cuda/common.cuh, and so on
@@ -53,6 +53,14 @@ _QUANTIZE = struct(
 _CAST = struct(("dtype", np.int64), ("chunk_bytes", np.int64))
 _RANDOM_K = struct(("k", np.int64), ("half", np.int64), ("chunk_bytes", np.int64), ("key", np.uint32, (2,)))
 _HEADER = struct(*((name, np.uint32) for name in ("step", "bucket", "shard", "k")))
+_TOP_K = struct(
+    *((name, np.int64) for name in ("k", "values", "low_bits", "scales_at", "upper_at", "low_at", "values_at", "chunk_bytes"))
+)
+_TOP_K_WORDS = {  # uint32 words of each part of the struct Work, for each of what
+    "shards": 9, "coarse": 2048, "fine": 8192,
+    "tiles": 3, "runs": 7, "positions": 1, "values": 1, "not_finite": 1, "sorted_offsets": 1, "sorted_values": 1,
+}  # fmt: skip
+_TOP_K_WORK = struct(("elements", np.uint64), *((name, np.uint64) for name in _TOP_K_WORDS), ("capacity", np.int64))
 
 
 # ---- what is on a device for as long as a layout is used
@@ -144,6 +152,9 @@ def _codec(format: Format) -> _Codec:
     if isinstance(format, CastFormat):
         argument = by_value(_CAST, _TRAVELLING[format.dtype], format.nbytes)
         return _Codec("elements", "cast", (), argument, _ROW, _QUADS)
+    if isinstance(format, TopKFormat):
+        values = ("fp32", "fp16", "sign").index(format.values)
+        return _Codec("top_k", "top_k", (), by_value(_TOP_K, format.k, values, *format[2:]), _ROW, _TILE)
     key = format.seed & 0xFFFFFFFF, format.seed >> 32
     argument = by_value(_RANDOM_K, format.k, format.values == "fp16", format.nbytes, key)
     return _Codec("elements", "random_k", (), argument, _ROW, _QUADS)
@@ -446,6 +457,62 @@ def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradi
 def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
     call = _Call(format, layout, chunk.device)
     call.launch("accumulate", _QUADS, *call.pushed(chunk, weight), call.flat(total), things=format.k)
+
+
+# ---- the largest
+
+
+@lru_cache(maxsize=1024)
+def _elements(layout: Layout, device: torch.device) -> tuple[Tensor, int]:
+    """Of each shard, padding not counted."""
+    there, (start,) = _upload(device, [sum(piece.numel for piece in pieces) for pieces in layout.pieces])
+    return there, start
+
+
+class _Work(NamedTuple):
+    argument: _Argument
+    arrays: tuple[Tensor, Tensor]
+
+
+def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory: Memory) -> _Work:
+    """What a memory's passes keep on the device: the threshold they guess next, and room for candidates and entries."""
+    key = format, layout, device
+    found: _Work | None = memory.scratch.get(key)
+    if found is None:
+        # Candidates are half as many again to twice what is sent; of a large share the guess would save nothing.
+        capacity = 3 * format.k + _TILE if 8 * format.k < layout.shard_numel else 0
+        tiles, runs = -(-layout.shard_numel // _TILE), -(-layout.shard_numel // RUN)
+        counts = [1, 1, 1, tiles, runs, capacity, capacity, format.k, format.k, format.k]
+        sizes = [layout.shards * n * words for n, words in zip(counts, _TOP_K_WORDS.values(), strict=True)]
+        words = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        starts = words.data_ptr() + 4 * np.cumsum([0, *sizes[:-1]])
+        elements, elements_at = _elements(layout, device)
+        found = _Work(by_value(_TOP_K_WORK, elements_at, *starts, capacity), (words, elements))
+        memory.scratch[key] = found
+    return found
+
+
+def top_k_encode(
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+) -> None:
+    call = _Call(format, layout, chunks.device)
+    tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)
+    work = _top_k_work(format, layout, chunks.device, memory).argument
+    call.launch("gather", _TILE, tensors, kept, work)
+    for level in range(3):
+        call.launch("narrow", RUN, tensors, kept, work, np.int64(level == 0))
+    call.launch("place", RUN, tensors, kept, work, payload)
+    call.launch("emit", RUN, tensors, kept, work, payload)
+
+
+def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+    call = _Call(format, layout, chunks.device)
+    call.launch("decode", RUN, call.payload(chunks, layout.shards), call.tensors(gradients))
+
+
+def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
+    call = _Call(format, layout, chunk.device)
+    call.launch("accumulate", RUN, *call.pushed(chunk, weight), call.flat(total))
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:

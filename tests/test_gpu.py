@@ -9,6 +9,7 @@ Under NVIDIA's checkers, without the largest tests::
 
 import math
 
+import horovod.torch as hvd
 import pytest
 import torch
 from support import assert_same_bits, generator, spread
@@ -189,6 +190,7 @@ def test_exchange_of_several_steps(pusher, server, bad):
     compare(f"{pusher}, {server}", run)
 
 
+@pytest.mark.skipif(not hvd.cuda_built(), reason="this Horovod was built without CUDA")
 def test_two_processes_on_one_gpu():
     """Through Horovod's operations on the CPU."""
     from horovod_jobs import ROOT, horovodrun

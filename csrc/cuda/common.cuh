@@ -60,7 +60,9 @@ __device__ inline bool is_finite(float x) { return magnitude(x) <= kMaxFinite; }
 __device__ inline float flush(float x) { return magnitude(x) < kMinNormal ? 0.f : x; }
 __device__ inline float with_sign_of(float positive, float x) { return float_of(bits_of(positive) | (bits_of(x) & kSignBit)); }
 // The magnitude or, where that is less, the limit, with the sign; not of NaN.
-__device__ inline float limited(float x, float limit) { return float_of(min(magnitude(x), bits_of(limit)) | (bits_of(x) & kSignBit)); }
+__device__ inline float limited(float x, float limit) {
+    return with_sign_of(float_of(min(magnitude(x), bits_of(limit))), x);
+}
 
 struct Half { u16 bits; };
 struct BFloat16 { u16 bits; };

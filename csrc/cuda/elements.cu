@@ -32,7 +32,8 @@ __device__ inline void store_where(const bool change[4], float* p, int count, co
 
 // Sends v, which is finite or travels as NaN; keeps what is left where it is.
 template <class H>
-__device__ inline void cast_values(const float v[4], const float velocity[4], int count, H* out, float* error, float* new_velocity) {
+__device__ inline void cast_values(const float v[4], const float velocity[4], int count, H* out, float* error,
+                                   float* new_velocity) {
     float sent[4], rest[4];
     bool finite[4];
 #pragma unroll
@@ -203,7 +204,8 @@ __device__ inline void for_drawn(const RandomK& codec, const Layout& layout, con
 
 __device__ inline float sent_value(const RandomK& codec, const u8* chunks, i64 chunk, i64 stratum) {
     const u8* values = chunks + chunk * codec.chunk_bytes + sizeof(Header);
-    return codec.half ? to_float(reinterpret_cast<const Half*>(values)[stratum]) : reinterpret_cast<const float*>(values)[stratum];
+    if (codec.half) return to_float(reinterpret_cast<const Half*>(values)[stratum]);
+    return reinterpret_cast<const float*>(values)[stratum];
 }
 // Returns what arrives.
 __device__ inline float send_value(const RandomK& codec, u8* chunks, i64 chunk, i64 stratum, float v) {
@@ -303,12 +305,13 @@ __device__ inline float drawn_sum(const RandomK& codec, const u8* pushed, i64 wo
 
 // Of workers that have drawn as the server does: others count as not finite.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-random_k_serve_check(RandomK codec, Layout layout, Header header, const u8* pushed, i64 workers, float weight, const float* error,
-                     u8* chunk) {
+random_k_serve_check(RandomK codec, Layout layout, Header header, const u8* pushed, i64 workers, float weight,
+                     const float* error, u8* chunk) {
     bool finite = true;
     for (i64 w = 0; w < workers; w++) {
         const Header& own = header_in(codec, pushed, w);
-        finite = finite && is_sound(codec, own) && own.step == header.step && own.bucket == header.bucket && own.shard == header.shard;
+        const bool alike = own.step == header.step && own.bucket == header.bucket && own.shard == header.shard;
+        finite = finite && alike && is_sound(codec, own);
     }
     for_drawn(codec, layout, header, [&](i64 stratum, i64 inside, const Place&) {
         finite = finite && is_finite(drawn_sum(codec, pushed, workers, weight, error ? error[inside] : 0.f, stratum));
@@ -317,7 +320,8 @@ random_k_serve_check(RandomK codec, Layout layout, Header header, const u8* push
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-random_k_serve(RandomK codec, Layout layout, Header header, const u8* pushed, i64 workers, float weight, float* error, u8* chunk) {
+random_k_serve(RandomK codec, Layout layout, Header header, const u8* pushed, i64 workers, float weight, float* error,
+               u8* chunk) {
     if (header_in(codec, chunk, 0).k != kAllNotFinite)
         for_drawn(codec, layout, header, [&](i64 stratum, i64 inside, const Place&) {
             const float v = drawn_sum(codec, pushed, workers, weight, error ? error[inside] : 0.f, stratum);
@@ -373,7 +377,8 @@ random_k_lost(RandomK codec, Layout layout, const u8* chunks, u32* lost) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-random_k_take_back(RandomK codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory, i64 sparse) {
+random_k_take_back(RandomK codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory,
+                   i64 sparse) {
     const Row row(layout);
     const Header header = header_in(codec, chunks, blockIdx.y);
     if (!row.count || !lost[row.position / kRow]) return;
@@ -383,8 +388,11 @@ random_k_take_back(RandomK codec, Layout layout, const u8* chunks, const u32* lo
             const i64 inside = row.inside + j;
             const i64 stratum = i64((u64(inside + 1) * u64(codec.k) - 1) / u64(layout.shard_numel));  // in which it lies
             const Draws draws(codec, header, stratum / 4);
-            const u32 w = u32(stratum % 4), word = w & 2 ? (w & 1 ? draws.words[3] : draws.words[2]) : (w & 1 ? draws.words[1] : draws.words[0]);
-            return draws.position(codec, layout, stratum, word) == inside ? sent_value(codec, chunks, blockIdx.y, stratum) : 0.f;
+            u32 word = 0;
+#pragma unroll
+            for (int w = 0; w < 4; w++) word = w == stratum % 4 ? draws.words[w] : word;
+            if (draws.position(codec, layout, stratum, word) != inside) return 0.f;
+            return sent_value(codec, chunks, blockIdx.y, stratum);
         });
     });
 }

@@ -79,7 +79,8 @@ struct SumOfWorkers {
             const u32* from = reinterpret_cast<const u32*>(pushed + w * codec.chunk_bytes + words);
             u32 word[kRows];
             if (whole) {
-                const Four<u32> low = reinterpret_cast<const Four<u32>*>(from)[0], high = reinterpret_cast<const Four<u32>*>(from)[1];
+                const Four<u32>* fours = reinterpret_cast<const Four<u32>*>(from);
+                const Four<u32> low = fours[0], high = fours[1];
 #pragma unroll
                 for (int k = 0; k < 4; k++) word[k] = low.x[k], word[k + 4] = high.x[k];
             } else {
@@ -99,8 +100,8 @@ struct SumOfWorkers {
 
 // The sum of |v|, or of v * v. `v` ends as the last tile's. All threads of the block must call it.
 template <class Values>
-__device__ inline float sum_of_block(const OneBit& codec, const Column& at, const Values& values, float (*groups)[32], float* total,
-                                     float v[kRows]) {
+__device__ inline float sum_of_block(const OneBit& codec, const Column& at, const Values& values, float (*groups)[32],
+                                     float* total, float v[kRows]) {
     OrderedSum sum{groups, at, 0.f};
     for (i64 tile = 0; tile < codec.block; tile += kTile) {
         if (tile) __syncthreads();  // all have read the last tile's
@@ -168,7 +169,8 @@ one_bit_serve(OneBit codec, Layout layout, Regions, const u8* pushed, i64 worker
     __shared__ float groups[kWarps][32];
     const Column at(codec, layout);
     float* e = error ? error + at.position : nullptr;
-    encode_block(codec, at, SumOfWorkers{codec, e, pushed, workers, u32(at.inside) / u32(codec.block), weight}, groups, chunk, e);
+    const SumOfWorkers of_all{codec, e, pushed, workers, u32(at.inside) / u32(codec.block), weight};
+    encode_block(codec, at, of_all, groups, chunk, e);
 }
 
 // ---- scales of parameters or buckets: sums of blocks, then the scales, then signs and errors
@@ -188,8 +190,8 @@ one_bit_sums(OneBit codec, Layout layout, Regions regions, Tensors gradients, Me
 
 // The same of a server: total = error + weight * what each worker has sent.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-one_bit_serve_sums(OneBit codec, Layout layout, Regions regions, const u8* pushed, i64 workers, float weight, const float* error,
-                   float* total, float* sums) {
+one_bit_serve_sums(OneBit codec, Layout layout, Regions regions, const u8* pushed, i64 workers, float weight,
+                   const float* error, float* total, float* sums) {
     __shared__ float groups[kWarps][32];
     const Column at(codec, layout);
     float v[kRows];
@@ -228,7 +230,8 @@ one_bit_signs(OneBit codec, Layout layout, Regions regions, Tensors gradients, M
         own.column(at, 0, v);
         const i64 slot = slot_of(codec, regions, at.place.tensor, blockIdx.y, at.inside);
         const float scale = *scale_in(chunks, codec.chunk_bytes, blockIdx.y, slot);
-        settle(codec, at, own, scale, chunks + blockIdx.y * codec.chunk_bytes, memory.error ? memory.error + at.position : nullptr, v);
+        settle(codec, at, own, scale, chunks + blockIdx.y * codec.chunk_bytes,
+               memory.error ? memory.error + at.position : nullptr, v);
     });
 }
 
@@ -278,8 +281,8 @@ one_bit_lost(OneBit codec, Layout layout, Regions regions, const u8* chunks, u32
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-one_bit_take_back(OneBit codec, Layout layout, Regions regions, const u8* chunks, const u32* lost, Tensors gradients, Memory memory,
-                  i64 sparse) {
+one_bit_take_back(OneBit codec, Layout layout, Regions regions, const u8* chunks, const u32* lost, Tensors gradients,
+                  Memory memory, i64 sparse) {
     const Row row(layout);
     if (!row.count || !lost[row.position / kRow]) return;
     const i64 slot = slot_of(codec, regions, row.place.tensor, blockIdx.y, row.inside);

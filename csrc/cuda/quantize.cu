@@ -184,7 +184,8 @@ __device__ inline void encode_block(const Quantize& codec, const Team& team, con
             for (int k = 0; k < kTogether; k++) {
                 const i32 i = k * m + j;
                 const float x = v[c][k], r = STOCHASTIC ? uniform(random, team.position + i) : 0.5f;
-                const float level = truncf(fminf(float_of(magnitude(x)) * by + r, levels)), signed_level = with_sign_of(level, x);
+                const float level = truncf(fminf(float_of(magnitude(x)) * by + r, levels));
+                const float signed_level = with_sign_of(level, x);
                 code[k] = i < codec.block ? u32(signed_level + levels) : 0u;
                 zeros |= u32(level == 0.f) << (c * kTogether + k);
                 if (error && i < count) error[i] = x - signed_level * step;
@@ -205,7 +206,8 @@ quantize_encode(Quantize codec, Layout layout, Tensors gradients, Memory memory,
     __shared__ Scratch scratch;
     const Team team(layout, codec.block, codec.team);
     with_element_type(gradients.dtype, [&](auto* type) {
-        const OwnValues<typename Pointed<decltype(type)>::type> own{terms_at(type, gradients, memory, team.place, team.position)};
+        using G = typename Pointed<decltype(type)>::type;
+        const OwnValues<G> own{terms_at(type, gradients, memory, team.place, team.position)};
         encode_block(codec, team, own, random, chunks + blockIdx.y * codec.chunk_bytes,
                      memory.error ? memory.error + team.position : nullptr,
                      memory.velocity ? memory.velocity + team.position : nullptr, scratch);
@@ -213,7 +215,8 @@ quantize_encode(Quantize codec, Layout layout, Tensors gradients, Memory memory,
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_serve(Quantize codec, Layout layout, const u8* pushed, i64 workers, float weight, float* error, Philox random, u8* chunk) {
+quantize_serve(Quantize codec, Layout layout, const u8* pushed, i64 workers, float weight, float* error, Philox random,
+               u8* chunk) {
     __shared__ Scratch scratch;
     const Team team(layout, codec.block, codec.team);
     float* e = error ? error + team.position : nullptr;
@@ -267,7 +270,8 @@ quantize_lost(Quantize codec, Layout layout, const u8* chunks, u32* lost) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_take_back(Quantize codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory, i64 sparse) {
+quantize_take_back(Quantize codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory,
+                   i64 sparse) {
     const Row row(layout);
     if (!row.count || !lost[row.position / kRow]) return;
     const u8* chunk = chunks + blockIdx.y * codec.chunk_bytes;

@@ -279,9 +279,10 @@ inline void run_block(bool in_turns) {
         if (last < 0) {
             unsigned waiting[4] = {};
             for (unsigned t = 0; t < state.count; t++) waiting[int(state.threads[t].wait)]++;
-            state.error = "deadlock: " + std::to_string(waiting[1]) + " threads wait at a barrier, " + std::to_string(waiting[2]) +
-                          " in a warp, " + std::to_string(waiting[3]) + " have ended (block " +
-                          std::to_string(state.block_index.x) + ")";
+            auto count = [&](Wait what) { return std::to_string(waiting[int(what)]); };
+            state.error = "deadlock: " + count(Wait::barrier) + " threads wait at a barrier, " + count(Wait::warp) +
+                          " in a warp, " + count(Wait::ended) + " have ended" +
+                          " (block " + std::to_string(state.block_index.x) + ")";
         } else {
             to_thread(state.order[unsigned(last)]);
         }
@@ -317,7 +318,8 @@ const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (given != sizeof...(A)) return "another number of arguments than the kernel has parameters";
     if (threads == 0 || threads > kMostThreads || block.z > 64) return "threads of a block out of range";
-    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff) return "blocks out of range";
+    if (!grid.x || !grid.y || !grid.z) return "a grid without blocks";
+    if (grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff) return "too many blocks";
     if ((size_t(0) + ... + sizeof(A)) > kMostArgumentBytes) return "more than 4096 bytes of arguments";
     while (state.threads.size() < threads) {
         void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -352,7 +354,8 @@ const char* launch(void (*kernel)(A...), dim3 grid, dim3 block, void** arguments
 #define EMULATE(kernel)                                                                                             \
     extern "C" __attribute__((visibility("default"))) const char* emulated_##kernel(                               \
         const unsigned* grid, const unsigned* block, void** arguments, unsigned count, unsigned schedule) {         \
-        return emulation::launch(kernel, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, arguments, count, schedule); \
+        const dim3 blocks{grid[0], grid[1], grid[2]}, threads{block[0], block[1], block[2]};                       \
+        return emulation::launch(kernel, blocks, threads, arguments, count, schedule);                             \
     }
 
 // ---- what a kernel may call
@@ -369,7 +372,9 @@ inline unsigned __ballot_sync(unsigned mask, int is) {
 }
 inline int __any_sync(unsigned mask, int is) { return __ballot_sync(mask, is) != 0; }
 inline int __all_sync(unsigned mask, int is) { return __ballot_sync(mask, is) == mask; }
-template <class T> T __shfl_sync(unsigned mask, T value, int lane) { return emulation::shuffle(mask, value, unsigned(lane) & 31u); }
+template <class T> T __shfl_sync(unsigned mask, T value, int lane) {
+    return emulation::shuffle(mask, value, unsigned(lane) & 31u);
+}
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return emulation::shuffle(mask, value, (threadIdx.x & 31u) ^ unsigned(bits));
 }

@@ -6,7 +6,7 @@ onebit                Horovod with DoubleSqueeze(OneBit())
 onebit-server         the same with one server, as in the paper, instead of a share of it on every rank
 onebit-allgather      one pass instead of two: all ranks send their payloads to all others
 topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousandth; topk is topk-1%
-sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")), momentum correction and decaying errors
+sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")) and momentum correction
 quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
@@ -148,7 +148,7 @@ def _compression(method: str) -> Any:
         if method.startswith("quantize-"):
             return DoubleSqueeze(Quantize(int(number)))
         if method.startswith("sign-"):
-            return DoubleSqueeze(TopK(number / 100, values="sign"), momentum=0.9, error_decay=0.98)
+            return DoubleSqueeze(TopK(number / 100, values="sign"), momentum=0.9)
         return DoubleSqueeze(TopK(number / 100))
     return {
         "none": lambda: hvd.Compression.none,

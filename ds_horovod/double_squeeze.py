@@ -49,7 +49,7 @@ class DoubleSqueeze:
         that are not compressed, and all of them on one rank, have plain momentum.
     error_decay
         By which each worker multiplies its error in each step, over 0 and at most 1, so that what has waited long counts
-        less. 1, the default, loses nothing; 0.95 helped where little is sent and gradients change fast (docs/results.md).
+        less. 1, the default, loses nothing, and in docs/results.md less than that gained nothing.
     warmup_steps
         First steps in which everything travels uncompressed.
     max_norm

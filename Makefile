@@ -25,7 +25,7 @@ train_args := --epochs 2
 bandwidth_args := --quick
 learning_args := --steps 5 --recipes none quantize-4
 timed_args := --quick --methods noop none quantize-4
-speedup_args := --workers 1 2 --seeds 0
+speedup_args := --workers 1 2 --seeds 0 --recipes none onebit
 else
 learning_args := --seeds 0 1 2
 timed_args := --methods noop none fp16 onebit quantize-4 topk-1% sign-4.5% ddp-powersgd-1 ddp-powersgd-4

@@ -388,9 +388,9 @@ random_k_take_back(RandomK codec, Layout layout, const u8* chunks, const u32* lo
             const i64 inside = row.inside + j;
             const i64 stratum = i64((u64(inside + 1) * u64(codec.k) - 1) / u64(layout.shard_numel));  // in which it lies
             const Draws draws(codec, header, stratum / 4);
-            u32 word = 0;
-#pragma unroll
-            for (int w = 0; w < 4; w++) word = w == stratum % 4 ? draws.words[w] : word;
+            // Chosen among registers: an index would put the words into memory.
+            const u32* words = draws.words;
+            const u32 word = stratum & 2 ? (stratum & 1 ? words[3] : words[2]) : stratum & 1 ? words[1] : words[0];
             if (draws.position(codec, layout, stratum, word) != inside) return 0.f;
             return sent_value(codec, chunks, blockIdx.y, stratum);
         });

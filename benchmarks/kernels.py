@@ -160,7 +160,7 @@ def fused(name: str, codec: Compressor, arrays: Arrays) -> list[Pass]:
     velocity = arrays.velocity[: layout.numel]
 
     def worker_with_momentum() -> None:
-        codec.encode(layout, [gradient], Memory(error, velocity, MOMENTUM), payload)
+        codec.encode(layout, [gradient], Memory(error, velocity, momentum=MOMENTUM), payload)
 
     def momentum_gap() -> Tensor:
         codec.decode(layout, payload, [out])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,7 @@ class Memory:
     """e: float32, of the bucket or of the shard that is served. None: nothing is compensated."""
     velocity: Tensor | None = None
     """u: float32, as large. None: no momentum correction."""
+    _: KW_ONLY
     total: Tensor | None = None
     """Of a server on a GPU: what it has summed up, as large. It is encoded in place of the error, which is replaced, and stays
     where the reply is not finite."""

@@ -290,8 +290,9 @@ def speedup_parts(content: Json) -> Iterator[str]:
     yield (
         f"Steps to a training loss of {settings['target']}: {settings['data']}; batches of {settings['batch_size']} for each "
         f"worker, plain SGD, learning rate {settings['learning_rate_of_one']} times the number of workers, "
-        "which the paper's theory asks for (`benchmarks/speedup.py` says why). Means over seeds. *Efficiency*: the steps of "
-        f"one worker over n times those of n workers. {cell['machine']['processor']}; {cell['date'][:10]}"
+        "which the paper's theory asks for (`benchmarks/speedup.py` says why). *Efficiency*: the steps of one worker over n "
+        f"times those of n workers. Seeds: {', '.join(str(x) for x in sorted({c['seed'] for c in content['cells']}))}. "
+        f"{cell['machine']['processor']}; {cell['date'][:10]}"
     )
     yield "![Steps of one worker over steps of n, and the norms of the errors](FIGURES/speedup.svg)"
     for transport, how in (("in-process", "Workers in one process"), ("horovod", "Ranks under `horovodrun`")):

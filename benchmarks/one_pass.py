@@ -50,9 +50,14 @@ class OnePass(DoubleSqueeze):
         super().__init__(compressor, server_compressor=NoCompression(), server_error=False)
 
     def bind(
-        self, name: str, parameters: Sequence[tuple[str, Tensor]], average: bool, transport: HorovodTransport
+        self,
+        name: str,
+        parameters: Sequence[tuple[str, Tensor]],
+        average: bool,
+        transport: HorovodTransport,
+        groups: Sequence[Sequence[str]] = (),
     ) -> Session[Any] | None:
-        self._session = super().bind(name, parameters, average, _OnePassTransport())
+        self._session = super().bind(name, parameters, average, _OnePassTransport(), groups)
         return self._session
 
     def bytes_sent(self) -> float:

@@ -449,7 +449,7 @@ def test_cast_keeps_a_velocity(dtype, instruction_set):
         error, velocity = (spread(layout, make("normal", [5, 700], torch.float32, seed)) for seed in (1, 2))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
         with context:
-            codec.encode(layout, gradients, Memory(error, velocity, 0.9, decay=0.5), payload)
+            codec.encode(layout, gradients, Memory(error, velocity, momentum=0.9, decay=0.5), payload)
         results.append((payload, error, velocity))
     for own, other in zip(*results, strict=True):
         assert_same_bits(own, other)

@@ -234,9 +234,11 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
         if squeeze is None:
             return original(self)  # type: ignore[no-any-return]
-        if self._synchronized and not self._handles:
-            return None  # step() after synchronize(): what has been averaged must not be compressed again
         session, named = self._double_squeeze_session, self._double_squeeze_parameters
+        # step() after synchronize(): what has been averaged must not be compressed again. Where a step was skipped, as
+        # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
+        if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
+            return None
         if session is None and squeeze.max_norm is not None:
             clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm)
         original(self)

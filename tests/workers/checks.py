@@ -679,6 +679,22 @@ def step_after_synchronize_sends_nothing_twice():
 
 
 @check
+def a_rank_without_gradients_takes_part_after_a_skipped_step():
+    """As GradScaler skips one: synchronize() without step()."""
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    for step in range(3):
+        optimizer.zero_grad()
+        if step != 2 or hvd.rank() == 0:
+            accumulate(model, step, 1)
+        if step == 1:
+            optimizer.synchronize()
+        else:
+            optimizer.step()
+        assert_identical(model)
+
+
+@check
 def load_state_dict_in_mid_step():
     for passes in 1, 2:
         model = small_model()

@@ -275,7 +275,9 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
         yield (
             f"{settings['parameters']:,} parameters; {settings['data']}; {settings['optimizer']}; batches of "
             f"{settings['batch_size']}; {settings['steps']} steps. {cell['machine']['processor']}, "
-            f"torch {cell['versions']['torch']}; {cell['date'][:10]}"
+            f"torch {cell['versions']['torch']}; {cell['date'][:10]}; "
+            f"`python benchmarks/convergence.py --task {settings['task']} --workers WORKERS --recipes RECIPE --seeds 0 .. "
+            "--json FILE` gives a row, and under `horovodrun -np WORKERS` one of DDP"
         )
         yield f"![Training loss over steps, bytes and time](FIGURES/{name}.svg)"
         yield table(header(content), list(rows(content, results.get("steps-gpt-small"))))

@@ -7,7 +7,7 @@ from typing import Any
 
 from .session import Bucket
 
-FORMAT = 3
+FORMAT = 4
 _ARRAYS = ("worker_error", "server_error", "velocity")
 
 

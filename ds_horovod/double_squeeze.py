@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from .checkpoint import FORMAT, load_buckets, save_bucket
 from .compressors import Compressor, OneBit, Quantize
 from .exchange import Options
-from .session import GroupTransport, Selection, Session, combine_stats
+from .selection import Choose, Selection, explain
+from .session import GroupTransport, Session, combine_stats
 from .uncompressed import Velocities
+from .units import Units
 
 
 class DoubleSqueeze:
@@ -30,6 +32,7 @@ class DoubleSqueeze:
         compression=DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)             # the optimizer: momentum=0
         compression=DoubleSqueeze(OneBit(), server_compressor=NoCompression())          # one-way: MEM-SGD
         compression=DoubleSqueeze(TopK(0.01), worker_error=False, server_error=False)   # no compensation
+        compression=DoubleSqueeze(choose={"*.embedding.weight": False, "head.*": TopK(0.1)})
         compression=DoubleSqueeze.paper()                                               # as in the paper
 
     Parameters
@@ -56,6 +59,12 @@ class DoubleSqueeze:
         To which each worker clips the norm of all its gradients before it compresses them, as
         ``torch.nn.utils.clip_grad_norm_`` does. Clipping the averaged gradient instead loses what is cut off, for the
         error does not know of it. No bucket leaves before backward has ended then. None: gradients are not clipped.
+    grad_scaler
+        The ``torch.amp.GradScaler`` that scales the loss: errors follow its scale then, up and down. The same on all ranks.
+        ``max_norm`` is in units of gradients that are not scaled.
+    lr_aware
+        Whether errors follow the learning rate, of each parameter group: multiplied by old / new when a schedule changes it
+        (Zheng et al. 2019, arXiv 1905.10936), so that what waits is worth what it was. Default False, as in the paper.
     server
         The rank that serves everything, as in the paper. Default None: sharded over all ranks.
     bucket_cap_mb
@@ -64,6 +73,10 @@ class DoubleSqueeze:
     min_numel
         Elements from which a parameter is compressed. Smaller ones, those of one dimension, float64 ones and sparse
         gradients stay with Horovod's own allreduce.
+    choose
+        What to do with a parameter, by patterns of its name (`fnmatch`; the first that matches counts), or a function of name
+        and parameter. True: compressed whatever its size. False: not compressed. A compressor: with this one, if its size
+        says so. None, or no pattern: as the other options say. The same on all ranks.
 
     Raises
     ------
@@ -82,25 +95,28 @@ class DoubleSqueeze:
         error_decay: float = 1.0,
         warmup_steps: int = 0,
         max_norm: float | None = None,
+        grad_scaler: Any = None,
+        lr_aware: bool = False,
         server: int | None = None,
         bucket_cap_mb: float | None = 25.0,
         min_numel: int = 4096,
+        choose: Choose | None = None,
     ) -> None:
         compressor = Quantize(bits=4) if compressor is None else compressor
-        server_compressor = compressor if server_compressor is None else server_compressor
-        for name, value in (("compressor", compressor), ("server_compressor", server_compressor)):
-            if not isinstance(value, Compressor):
-                hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
-                raise TypeError(f"DoubleSqueeze: {name} must be a ds_horovod Compressor, got {value!r}{hint}")
-            if not isinstance(value.block, int) or value.block <= 0 or value.block % 32:
-                raise ValueError(f"DoubleSqueeze: {name}.block must be a positive multiple of 32, got {value.block!r}")
         if not 0 <= momentum < 1:
             raise ValueError(f"DoubleSqueeze: momentum must be at least 0 and under 1, got {momentum!r}")
-        if momentum and not compressor.sparse:
-            raise ValueError(
-                f"DoubleSqueeze: momentum={momentum!r} needs a compressor that leaves elements out, as TopK does; "
-                f"{compressor!r} sends all of them, so leave the momentum to the optimizer"
-            )
+        _require_compressor("compressor", compressor, momentum)
+        if server_compressor is not None:
+            _require_compressor("server_compressor", server_compressor)
+        if choose is not None and not isinstance(choose, Mapping) and not callable(choose):
+            raise TypeError(f"DoubleSqueeze: choose must map patterns to choices, or be a function; got {choose!r}")
+        for pattern, choice in choose.items() if isinstance(choose, Mapping) else ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"DoubleSqueeze: choose must have patterns of names, got {pattern!r}")
+            if choice is not None and not isinstance(choice, bool):
+                _require_compressor(f"choose[{pattern!r}]", choice, momentum)
+        if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+            raise TypeError(f"DoubleSqueeze: grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
         if momentum and not worker_error:
             raise ValueError(f"DoubleSqueeze: momentum={momentum!r} needs worker_error=True, got {worker_error!r}")
         if not 0 < error_decay <= 1:
@@ -116,16 +132,21 @@ class DoubleSqueeze:
         if not isinstance(min_numel, int) or min_numel < 1:
             raise ValueError(f"DoubleSqueeze: min_numel must be a positive whole number, got {min_numel!r}")
         self.compressor = compressor
-        self.server_compressor = server_compressor
+        self.server_compressor = compressor if server_compressor is None else server_compressor
+        self._replies_alike = server_compressor is None  # whatever is chosen for a parameter
         self.worker_error = bool(worker_error)
         self.server_error = bool(server_error)
         self.momentum = float(momentum)
         self.error_decay = float(error_decay)
         self.warmup_steps = warmup_steps
         self.max_norm = max_norm
+        self.grad_scaler = grad_scaler
+        self.lr_aware = bool(lr_aware)
         self.server = server
         self.bucket_cap_mb = bucket_cap_mb
         self.min_numel = min_numel
+        self.choose = choose
+        self.units = Units(grad_scaler, self.lr_aware)
         self.velocities = Velocities(self.momentum)
         self._optimizer_session: Session[Any] | None = None
         self._tensor_sessions: dict[str, Session[Any]] = {}
@@ -137,7 +158,8 @@ class DoubleSqueeze:
             f"DoubleSqueeze({self.compressor!r}, server_compressor={self.server_compressor!r}, "
             f"worker_error={self.worker_error}, server_error={self.server_error}, momentum={self.momentum}, "
             f"error_decay={self.error_decay}, warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, "
-            f"server={self.server}, bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel})"
+            f"grad_scaler={self.grad_scaler!r}, lr_aware={self.lr_aware}, server={self.server}, "
+            f"bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel}, choose={self.choose!r})"
         )
 
     @classmethod
@@ -198,7 +220,7 @@ class DoubleSqueeze:
         """
         if self._size >= 0:
             raise ValueError("DoubleSqueeze: this instance is in use already; make one for each optimizer")
-        selection = Selection(self.min_numel, self.bucket_cap_mb, groups=tuple(map(tuple, groups)))
+        selection = self._selection(parameters, groups)
         for label, p in parameters:
             if not p.is_floating_point():
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
@@ -208,7 +230,7 @@ class DoubleSqueeze:
         self._size, self._rank = transport.size, transport.rank
         if transport.size > 1:
             trained = [(label, p) for label, p in parameters if p.requires_grad]
-            self._optimizer_session = Session(name, trained, options, selection, transport)
+            self._optimizer_session = Session(name, trained, options, selection, transport, self.units)
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
         return self._optimizer_session
@@ -225,7 +247,7 @@ class DoubleSqueeze:
         """
         if self._optimizer_session is not None:
             raise ValueError("DoubleSqueeze: this instance belongs to an optimizer; make another one for allreduce")
-        for option in ("momentum", "warmup_steps", "max_norm"):
+        for option in ("momentum", "warmup_steps", "max_norm", "grad_scaler", "lr_aware", "choose"):
             if getattr(self, option):
                 raise ValueError(f"allreduce: {option} is for optimizers; got a compression with {getattr(self, option)!r}")
         options = self._options(average, transport.size)
@@ -253,7 +275,7 @@ class DoubleSqueeze:
         weight = 1.0 / size if average else 1.0
         return Options(
             self.compressor,
-            self.server_compressor,
+            None if self._replies_alike else self.server_compressor,
             self.worker_error,
             self.server_error,
             weight,
@@ -262,6 +284,31 @@ class DoubleSqueeze:
             self.error_decay,
             self.max_norm,
         )
+
+    def _selection(self, parameters: Sequence[tuple[str, Tensor]], groups: Sequence[Sequence[str]] = ()) -> Selection:
+        selection = Selection(self.min_numel, self.bucket_cap_mb, groups=tuple(map(tuple, groups)), choose=self.choose)
+        selection.require_matches([name for name, _ in parameters])
+        if callable(self.choose):
+            for name, p in parameters:
+                choice = selection.choice(name, p)
+                if isinstance(choice, Compressor):
+                    _require_compressor(f"choose({name!r})", choice, self.momentum)
+        return selection
+
+    def follow(self, rates: Mapping[str, float]) -> None:
+        """A step begins: errors follow the loss scale and, with `lr_aware`, the learning rate.
+
+        Parameters
+        ----------
+        rates
+            The learning rate of each parameter, by name.
+        """
+        change = self.units.follow(rates)
+        if change is None:
+            return
+        if self._optimizer_session is not None:
+            self._optimizer_session.rescale(change)
+        self.velocities.rescale(change.scale)
 
     @property
     def _sessions(self) -> list[Session[Any]]:
@@ -284,6 +331,38 @@ class DoubleSqueeze:
         """
         return combine_stats([session.stats() for session in self._sessions])
 
+    def explain(self, model: torch.nn.Module | Iterable[tuple[str, Tensor]] | None = None, workers: int = 2) -> str:
+        """What is compressed, bucket by bucket, what is not and why, and what that saves; before training too.
+
+        Parameters
+        ----------
+        model
+            A model, or names and parameters as for ``named_parameters=``. None: those of the optimizer.
+        workers
+            Ranks, where no optimizer has been made yet.
+
+        Returns
+        -------
+        str
+            A table to print. Sizes are those after the warm-up.
+
+        Raises
+        ------
+        ValueError
+            There is no model and no optimizer either.
+        """
+        session = self._optimizer_session
+        if model is None:
+            if session is None:
+                raise ValueError("DoubleSqueeze: explain needs a model, since no optimizer of several ranks uses this instance")
+            return explain(session.selection, session.parameters, session.plan(session.sparse), session.transport.size)
+        named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
+        selection = self._selection(named)
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        reply = None if self._replies_alike else self.server_compressor
+        plans = selection.plan(trained, self.compressor, reply, workers if self.server is None else 1)
+        return explain(selection, trained, plans, workers)
+
     def state_dict(self) -> dict[str, Any]:
         """Errors and velocities of this rank: plain tensors (not copied) and values, for ``torch.save``.
 
@@ -297,6 +376,7 @@ class DoubleSqueeze:
             "sparse": sorted(name for session in self._sessions for name in session.sparse),
             "buckets": [save_bucket(bucket) for session in self._sessions for bucket in session.buckets],
             "velocities": self.velocities.state_dict(),
+            "units": self.units.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -325,6 +405,7 @@ class DoubleSqueeze:
             load_buckets(known, [self._tensor_sessions[b["parameters"][0]].buckets[0] for b in known])
             self._loaded = state
         self.velocities.load_state_dict(state["velocities"])
+        self.units.load_state_dict(state["units"])
 
     def _require_same_place(self, state: Mapping[str, Any]) -> None:
         expected = {"format": FORMAT, "server": self.server}
@@ -334,3 +415,17 @@ class DoubleSqueeze:
             found = state.get("size" if label == "world size" else label)
             if found != value:
                 raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
+
+
+def _require_compressor(option: str, value: Any, momentum: float = 0.0) -> None:
+    """Raises TypeError or ValueError unless an option is a compressor, and one that leaves elements out under momentum."""
+    if not isinstance(value, Compressor):
+        hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
+        raise TypeError(f"DoubleSqueeze: {option} must be a ds_horovod Compressor, got {value!r}{hint}")
+    if not isinstance(value.block, int) or value.block <= 0 or value.block % 32:
+        raise ValueError(f"DoubleSqueeze: {option}.block must be a positive multiple of 32, got {value.block!r}")
+    if momentum and not value.sparse:
+        raise ValueError(
+            f"DoubleSqueeze: momentum={momentum!r} needs a compressor that leaves elements out, as TopK does; "
+            f"{value!r} sends all of them, so leave the momentum to the optimizer"
+        )

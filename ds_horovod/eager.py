@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
 from .hook import is_average
-from .session import COMPRESSIBLE
+from .selection import COMPRESSIBLE
 from .transport import HorovodTransport, require_horovod_for
 
 _default: DoubleSqueeze | None = None

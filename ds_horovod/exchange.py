@@ -74,8 +74,8 @@ class Options:
 
     compressor: Compressor
     """Of what the workers push."""
-    server_compressor: Compressor
-    """Of what the servers reply."""
+    server_compressor: Compressor | None
+    """Of what the servers reply. None: the same."""
     worker_error: bool
     server_error: bool
     weight: float
@@ -143,8 +143,8 @@ class Exchange(Generic[Handle]):
             self.server.first_shard = transport.serves
             if options.server_error:
                 self.server.error = torch.zeros(self.layout.shard_numel, device=self.device)
-        used = [self.options.compressor, self.options.server_compressor]
-        for compressor in used + [_UNCOMPRESSED] * (self.options.warmup_steps > 0):
+        used = [options.compressor, options.server_compressor or options.compressor]
+        for compressor in used + [_UNCOMPRESSED] * (options.warmup_steps > 0):
             compressor.prepare(self.layout, self.device)
             if self.shard is not None:
                 compressor.prepare(self.shard, self.device)
@@ -172,7 +172,7 @@ class Exchange(Generic[Handle]):
         """The worker's and the server's for the coming step."""
         if self.worker.step < self.options.warmup_steps:
             return _UNCOMPRESSED, _UNCOMPRESSED
-        return self.options.compressor, self.options.server_compressor
+        return self.options.compressor, self.options.server_compressor or self.options.compressor
 
     def zeros(self, *shape: int) -> Tensor:
         """Bytes for a payload, all zero."""
@@ -182,6 +182,30 @@ class Exchange(Generic[Handle]):
     def put_back(self, buffer: Tensor) -> None:
         """For the next `zeros` of its shape."""
         self.spare_buffers.setdefault(tuple(buffer.shape), []).append(buffer)
+
+    def rescale(self, errors: Sequence[float], velocity: float) -> None:
+        """Multiplies what is kept, between two steps, because gradients are in other units from now on.
+
+        Parameters
+        ----------
+        errors
+            Of both errors, for each tensor of the layout.
+        velocity
+            Of the velocity.
+        """
+        for memory, layout, first in ((self.worker, self.layout, 0), (self.server, self.shard, self.server.first_shard)):
+            if memory.error is None or layout is None:
+                continue
+            with self.beside() if memory is self.server else contextlib.nullcontext():
+                for shard, pieces in enumerate(layout.pieces):
+                    whole = self.layout.pieces[first + shard]
+                    for piece, of_whole in zip(pieces, whole, strict=True):
+                        if errors[of_whole.tensor] != 1.0:
+                            start = shard * layout.shard_numel + piece.offset
+                            memory.error[start : start + piece.numel] *= errors[of_whole.tensor]
+        if self.worker.velocity is not None and velocity != 1.0:
+            self.worker.velocity *= velocity
+        self.produced()  # the worker's, for the stream of the next worker pass
 
     # ---- streams of a GPU: the worker pass runs on the stream that backward is on, all that follows on another one
 

@@ -96,6 +96,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         self._double_squeeze_session = None
         if squeeze is None:
             return original(self, *args, **kwargs)
+        if squeeze.lr_aware and any("lr" not in group for group in call.arguments["params"]):
+            raise ValueError("DoubleSqueeze: lr_aware=True needs a learning rate in each of the optimizer's parameter groups")
         average = is_average(call.arguments["op"])
         groups, process_set = call.arguments["groups"], call.arguments["process_set"]
         call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
@@ -199,6 +201,7 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
         if all(handle is None for handle, _ in self._handles.values()):
             session.abandon()
             late.forget()
+            _follow(self)
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
         sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
@@ -239,8 +242,10 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
         if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
             return None
-        if session is None and squeeze.max_norm is not None:
-            clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm)
+        if session is None:
+            _follow(self)
+            if squeeze.max_norm is not None:
+                clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm * squeeze.units.scale)
         original(self)
         for name, p in named:
             if p.grad is not None and (session is None or not session.covers(p)):
@@ -248,6 +253,16 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return synchronize
+
+
+def _follow(self: Any) -> None:
+    """A step begins: which learning rate has each parameter now?"""
+    squeeze: DoubleSqueeze = self.double_squeeze
+    rates: dict[str, float] = {}
+    if squeeze.lr_aware:
+        names = {p: name for name, p in self._double_squeeze_parameters}
+        rates = {names[p]: float(group["lr"]) for group in self.param_groups for p in group["params"] if p in names}
+    squeeze.follow(rates)
 
 
 def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:

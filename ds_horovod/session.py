@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol
 
-import torch
 from torch import Tensor
 
 from .agreement import require_agreement
 from .exchange import Exchange, Flight, Handle, Options, Totals, Transport
-from .layout import fill_buckets, pack
+from .selection import Plan, Selection
 from .uncompressed import clip, require_dense
+from .units import Change, Units
 
-COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 
 
@@ -46,22 +45,6 @@ class GroupTransport(Transport[Handle], Protocol[Handle]):
         """Every rank's value, by rank. Blocks."""
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which parameters are compressed, and how they are grouped."""
-
-    min_numel: int
-    bucket_cap_mb: float | None
-
-    min_dim: int = 2
-    groups: tuple[tuple[str, ...], ...] = ()
-    """Names of parameters that travel together, whatever their size, as Horovod's ``groups=`` says."""
-
-    def takes(self, p: Tensor) -> bool:
-        """Whether a parameter is compressed: a matrix or more, of a kind whose error fits float32, and not small."""
-        return p.dim() >= self.min_dim and p.numel() >= self.min_numel and p.dtype in COMPRESSIBLE
-
-
 @dataclass(eq=False)
 class Bucket(Generic[Handle]):
     """Parameters that travel together."""
@@ -79,6 +62,7 @@ class Bucket(Generic[Handle]):
 @dataclass(eq=False)
 class _Journey(Generic[Handle]):
     exchange: Exchange[Handle]
+    parameters: list[Tensor]
     flight: Flight[Handle]
     copies: list[tuple[Tensor, Tensor]]
     """Gradients that are not contiguous, and the contiguous tensors that travel for them."""
@@ -99,9 +83,11 @@ class Session(Generic[Handle]):
     parameters
         Names and parameters in the order of registration.
     options, selection
-        As the user chose them.
+        As the user chose them. Without a server compressor a bucket's replies are compressed as what is pushed.
     transport
         To the other ranks.
+    units
+        Of the gradients.
     """
 
     def __init__(
@@ -111,12 +97,14 @@ class Session(Generic[Handle]):
         options: Options,
         selection: Selection,
         transport: GroupTransport[Handle],
+        units: Units | None = None,
     ) -> None:
         self.name = name
         self.parameters = list(parameters)
         self.options = options
         self.selection = selection
         self.transport = transport
+        self.units = Units() if units is None else units
         self.totals = Totals()
         self.dense_bytes = 0
         """Bytes of gradients that have stayed with Horovod's own allreduce."""
@@ -127,30 +115,26 @@ class Session(Generic[Handle]):
         self._gradients_met = 0
         self._met: list[Tensor] = []  # in this step, where they are to be clipped
         self._arrived: set[Tensor] = set()  # and not yet under way
+        self._noted: dict[Tensor, tuple[Tensor, int]] = {}  # gradients of this step as they were last seen
         self._journeys: list[_Journey[Handle]] = []
         self._landed: list[Exchange[Handle]] = []  # whose gradients the current stream may not read yet
         self.adopt(frozenset(), self.fill(frozenset()))
 
+    def plan(self, sparse: Set[str]) -> list[Plan]:
+        """The buckets, without the parameters whose gradients are sparse."""
+        options = self.options
+        return self.selection.plan(
+            self.parameters, options.compressor, options.server_compressor, self.transport.shards, sparse
+        )
+
     def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
         """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
-        chosen = [(n, p) for n, p in self.parameters if n not in sparse and self.selection.takes(p)]
-        cap = self.selection.bucket_cap_mb
-        group_of = {name: g for g, names in enumerate(self.selection.groups) for name in names}
-        filled = fill_buckets(
-            [p.numel() * p.element_size() for _, p in chosen],
-            [(p.dtype, p.device) for _, p in chosen],
-            None if cap is None else cap * 2**20,
-            [group_of.get(n) for n, _ in chosen],
-        )
-        block = math.lcm(self.options.compressor.block, self.options.server_compressor.block)
         buckets = []
-        for b, members in enumerate(filled):
-            names, parameters = [chosen[i][0] for i in members], [chosen[i][1] for i in members]
-            layout = pack([p.numel() for p in parameters], block, self.transport.shards)
-            exchange = Exchange(
-                b, f"{self.name}.bucket{b}", layout, self.options, self.transport, parameters[0].device, self.totals
-            )
-            buckets.append(Bucket(names, parameters, exchange))
+        for b, plan in enumerate(self.plan(sparse)):
+            options = replace(self.options, compressor=plan.compressor, server_compressor=plan.server_compressor)
+            device = plan.parameters[0].device
+            exchange = Exchange(b, f"{self.name}.bucket{b}", plan.layout, options, self.transport, device, self.totals)
+            buckets.append(Bucket(plan.names, plan.parameters, exchange))
         return buckets
 
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
@@ -196,8 +180,15 @@ class Session(Generic[Handle]):
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
 
+    def rescale(self, change: Change) -> None:
+        """Multiplies what is kept of each parameter, between two steps."""
+        for bucket in self.buckets:
+            errors = [change.scale * change.rates.get(name, 1.0) for name in bucket.names]
+            bucket.exchange.rescale(errors, velocity=change.scale)
+
     def ready(self, p: Tensor) -> None:
         """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""
+        self._note(p)
         self._arrived.add(p)
         self._bucket_of[p].exchange.produced()
         if self.started and not self.clips:
@@ -218,12 +209,16 @@ class Session(Generic[Handle]):
                     for gradient, copy in journey.copies:
                         gradient.copy_(copy)
                 self._landed.append(journey.exchange)
+                for p in journey.parameters:  # its gradient has been written to
+                    if p in self._noted:
+                        self._noted[p] = self._noted[p][0], self._noted[p][0]._version
         self._journeys = [journey for journey in self._journeys if not journey.flight.landed]
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.depart()
         self.drain()
+        self._noted.pop(p, None)
         if p in self._arrived:
             bucket = self._bucket_of[p]
             waits_for = [n for n, q in zip(bucket.names, bucket.parameters, strict=True) if q not in self._arrived]
@@ -238,7 +233,10 @@ class Session(Generic[Handle]):
         ------
         ValueError
             In the first step: the ranks do not agree; the same on all of them.
+        RuntimeError
+            A gradient has been changed since it was `ready`.
         """
+        self._require_untouched()
         waiting = []
         if not self.started:
             require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
@@ -247,11 +245,27 @@ class Session(Generic[Handle]):
         if self._met:
             waiting = [p for p in self._met if p in self._arrived]
             assert self.options.max_norm is not None
-            clip([(self._names[p], p.grad) for p in self._met if p.grad is not None], self.options.max_norm)
+            max_norm = self.options.max_norm * self.units.scale
+            clip([(self._names[p], p.grad) for p in self._met if p.grad is not None], max_norm)
+            for p in self._noted:
+                self._note(p)
             self._met.clear()
         for p in waiting:
             self._fill_up(p)
             self.poll()
+
+    def _note(self, p: Tensor) -> None:
+        if p.grad is not None:
+            self._noted[p] = p.grad, p.grad._version
+
+    def _require_untouched(self) -> None:
+        for p, (gradient, version) in self._noted.items():
+            if p.grad is not gradient or gradient._version != version:
+                raise RuntimeError(
+                    f"DoubleSqueeze: the gradient of {self._names[p]} was changed after backward() and before synchronize(), "
+                    "while it may have been under way. Call optimizer.synchronize() first, then change gradients "
+                    "(scaler.unscale_, clip_grad_norm_), then step inside `with optimizer.skip_synchronize()`"
+                )
 
     def drain(self) -> None:
         """Returns when nothing is under way.
@@ -285,6 +299,7 @@ class Session(Generic[Handle]):
             journey.copies.clear()
         self.drain()
         self._arrived.clear()
+        self._noted.clear()
         self._met.clear()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
@@ -318,7 +333,7 @@ class Session(Generic[Handle]):
     def _description(self) -> dict[str, Any]:
         return {
             "compressor": repr(self.options.compressor),
-            "server_compressor": repr(self.options.server_compressor),
+            "server_compressor": repr(self.options.server_compressor or self.options.compressor),
             "worker_error": self.options.worker_error,
             "server_error": self.options.server_error,
             "server": self.transport.server,
@@ -330,7 +345,13 @@ class Session(Generic[Handle]):
             "min_numel": self.selection.min_numel,
             "bucket_cap_mb": self.selection.bucket_cap_mb,
             "groups": [" ".join(names) for names in self.selection.groups],
+            "loss scale": self.units.scale,
+            "lr_aware": self.units.lr_aware,
             "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in self.parameters],
+            "choice": [
+                f"{name}: {self.selection.compressor(name, p, self.options.compressor)!r}"
+                for name, p in (self.parameters if self.selection.choose is not None else [])
+            ],
             "sparse parameters": sorted(self.sparse),
         }
 
@@ -349,6 +370,6 @@ class Session(Generic[Handle]):
             travelling.append(gradient.contiguous())
             if not gradient.is_contiguous():
                 copies.append((gradient, bucket.exchange.lend(travelling[-1])))
-        self._journeys.append(_Journey(bucket.exchange, bucket.exchange.begin(travelling), copies))
+        self._journeys.append(_Journey(bucket.exchange, bucket.parameters, bucket.exchange.begin(travelling), copies))
         self._arrived.difference_update(bucket.parameters)
         bucket.missing = len(bucket.parameters)

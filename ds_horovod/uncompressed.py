@@ -81,6 +81,11 @@ class Velocities:
         u.copy_(torch.where(finite, u * self._momentum + gradient, u))
         gradient.copy_(torch.where(finite, u, gradient))
 
+    def rescale(self, factor: float) -> None:
+        """Multiplies all of them, because gradients are in other units from now on."""
+        for velocity in self._of.values():
+            velocity.mul_(factor)
+
     def state_dict(self) -> dict[str, Tensor]:
         """By name, not copied."""
         return dict(self._of)

@@ -194,7 +194,7 @@ def changed_bucket(state, **values):
 
 
 WRONG = {
-    "format": (lambda s: changed(s, format=99), "of format 99, this is format 3"),
+    "format": (lambda s: changed(s, format=99), "of format 99, this is format 4"),
     "world size": (lambda s: changed(s, size=3), "of world size 3, this is world size 2"),
     "rank": (lambda s: changed(s, rank=1), "of rank 1, this is rank 0"),
     "server": (lambda s: changed(s, server=0), "of server 0, this is server None"),

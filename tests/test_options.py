@@ -13,7 +13,8 @@ from ds_horovod.exchange import Options
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
 from ds_horovod.memory import Memory
-from ds_horovod.session import Selection, Session
+from ds_horovod.selection import Selection
+from ds_horovod.session import Session
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf])
@@ -281,7 +282,8 @@ def test_repr_of_double_squeeze_names_every_option():
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
         "granularity='block'), worker_error=False, server_error=True, momentum=0.0, error_decay=1.0, "
-        "warmup_steps=0, max_norm=None, server=3, bucket_cap_mb=None, min_numel=4096)"
+        "warmup_steps=0, max_norm=None, grad_scaler=None, lr_aware=False, server=3, bucket_cap_mb=None, min_numel=4096, "
+        "choose=None)"
     )
 
 

@@ -1,0 +1,193 @@
+"""Which parameters are compressed, with what, and which travel together: known before training, alike on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from .compressors import Compressor
+from .layout import Layout, fill_buckets, pack
+
+COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
+
+Choice = Compressor | bool | None
+Choose = Mapping[str, Choice] | Callable[[str, Tensor], Choice]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A bucket to be."""
+
+    names: list[str]
+    parameters: list[Tensor]
+    compressor: Compressor
+    server_compressor: Compressor
+    layout: Layout
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(self.layout.numels)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the gradients."""
+        return self.numel * self.parameters[0].element_size()
+
+    @property
+    def push_nbytes(self) -> int:
+        """Of what a worker pushes, all shards together."""
+        return self.layout.shards * self.compressor.chunk_nbytes(self.layout)
+
+    @property
+    def reply_nbytes(self) -> int:
+        """Of what all servers reply, together."""
+        return self.layout.shards * self.server_compressor.chunk_nbytes(self.layout)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which parameters are compressed, and how they are grouped."""
+
+    min_numel: int
+    bucket_cap_mb: float | None
+    min_dim: int = 2
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Names of parameters that travel together, whatever their size, as Horovod's ``groups=`` says."""
+    choose: Choose | None = None
+    """As the user's ``choose=`` says."""
+
+    def choice(self, name: str, p: Tensor) -> Choice:
+        """What the user has chosen for a parameter. None: nothing.
+
+        Raises
+        ------
+        TypeError
+            A choice that is none.
+        """
+        if self.choose is None:
+            return None
+        if isinstance(self.choose, Mapping):
+            choice = next((value for pattern, value in self.choose.items() if fnmatchcase(name, pattern)), None)
+        else:
+            choice = self.choose(name, p)
+        if choice is not None and not isinstance(choice, bool | Compressor):
+            raise TypeError(f"DoubleSqueeze: choose must give True, False, a Compressor or None; got {choice!r} for {name}")
+        return choice
+
+    def why_not(self, name: str, p: Tensor) -> str | None:
+        """Why a parameter is not compressed; None where it is.
+
+        Raises
+        ------
+        ValueError
+            The user has chosen what cannot be compressed.
+        """
+        choice = self.choice(name, p)
+        if choice is False:
+            return "choose"
+        if p.dtype not in COMPRESSIBLE:
+            if choice is True:
+                raise ValueError(f"DoubleSqueeze: choose says True for {name}, but {p.dtype} cannot be compressed")
+            return str(p.dtype).removeprefix("torch.")
+        if choice is not True and p.dim() < self.min_dim:
+            return "one dimension"
+        if choice is not True and p.numel() < self.min_numel:
+            return f"under {self.min_numel} elements"
+        return None
+
+    def compressor(self, name: str, p: Tensor, default: Compressor) -> Compressor | None:
+        """Of what is pushed of a parameter; None where it is not compressed."""
+        if self.why_not(name, p) is not None:
+            return None
+        choice = self.choice(name, p)
+        return choice if isinstance(choice, Compressor) else default
+
+    def require_matches(self, names: Collection[str]) -> None:
+        """Raises ValueError for a pattern that no name matches: it is misspelt."""
+        for pattern in self.choose if isinstance(self.choose, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"DoubleSqueeze: choose has the pattern {pattern!r}, which matches no parameter; "
+                    f"they are {', '.join(list(names)[:5])}{', ...' if len(names) > 5 else ''}"
+                )
+
+    def plan(
+        self,
+        parameters: Sequence[tuple[str, Tensor]],
+        compressor: Compressor,
+        server_compressor: Compressor | None,
+        shards: int,
+        sparse: Collection[str] = (),
+    ) -> list[Plan]:
+        """The buckets, by nothing that differs between ranks.
+
+        Parameters
+        ----------
+        parameters
+            Names and parameters, in the order of registration.
+        compressor
+            Where nothing else is chosen.
+        server_compressor
+            Of the replies. None: that of what is pushed.
+        shards
+            As many as there are servers.
+        sparse
+            Names of parameters with sparse gradients, which stay with Horovod.
+        """
+        found = [(n, p, self.compressor(n, p, compressor)) for n, p in parameters if n not in sparse]
+        chosen = [(n, p, c) for n, p, c in found if c is not None]
+        group_of = {name: g for g, names in enumerate(self.groups) for name in names}
+        filled = fill_buckets(
+            [p.numel() * p.element_size() for _, p, _ in chosen],
+            [(p.dtype, p.device, repr(c)) for _, p, c in chosen],
+            None if self.bucket_cap_mb is None else self.bucket_cap_mb * 2**20,
+            [group_of.get(n) for n, _, _ in chosen],
+        )
+        plans = []
+        for members in filled:
+            push = chosen[members[0]][2]
+            reply = push if server_compressor is None else server_compressor
+            block = math.lcm(push.block, reply.block)
+            layout = pack([chosen[i][1].numel() for i in members], block, shards)
+            plans.append(Plan([chosen[i][0] for i in members], [chosen[i][1] for i in members], push, reply, layout))
+        return plans
+
+
+def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plans: Sequence[Plan], workers: int) -> str:
+    """A table of what is compressed, bucket by bucket, what is not and why, and what that saves."""
+    lines = []
+    ring = 2 * (workers - 1) / workers
+    dense_nbytes = sent = 0.0
+    for b, plan in enumerate(plans):
+        reply = "" if plan.server_compressor == plan.compressor else f", replies {plan.server_compressor!r}"
+        lines.append(f"bucket {b}: {plan.compressor!r}{reply}")
+        lines.append(f"  {_size(plan.nbytes)} of gradients, pushes {_size(plan.push_nbytes)}, pulls {_size(plan.reply_nbytes)}")
+        lines += [f"    {name} {tuple(p.shape)}" for name, p in zip(plan.names, plan.parameters, strict=True)]
+        dense_nbytes += ring * plan.nbytes
+        sent += ring / 2 * (plan.push_nbytes + plan.reply_nbytes)
+    compressed = {name for plan in plans for name in plan.names}
+    rest = [(name, p) for name, p in parameters if name not in compressed]
+    if rest:
+        nbytes = sum(p.numel() * p.element_size() for _, p in rest)
+        lines.append(f"not compressed: {_size(nbytes)} of gradients, by Horovod's allreduce")
+        for name, p in rest:
+            lines.append(f"    {name} {tuple(p.shape)}: {selection.why_not(name, p) or 'sparse gradients'}")
+        dense_nbytes += ring * nbytes
+        sent += ring * nbytes
+    less = dense_nbytes / sent if sent else 1.0
+    lines.append(f"each of {workers} ranks sends {_size(sent)} a step in place of {_size(dense_nbytes)}, {less:.1f} times less")
+    return "\n".join(lines)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

@@ -1,0 +1,75 @@
+"""In what units errors and velocities are kept, and what is to be done when those change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """By what to multiply what is kept."""
+
+    scale: float
+    """Of errors and velocities: the loss scale, new over old."""
+    rates: Mapping[str, float]
+    """Of the errors of a parameter, by name: its learning rate, old over new. None for those that have kept theirs."""
+
+
+class Units:
+    """Gradients, and so errors and velocities, are in units of the loss scale; with `lr_aware` errors follow the learning rate.
+
+    An error is added to a later gradient. Where the loss scale has changed from s to s' meanwhile, it is multiplied by
+    s' / s, which is exact, since both are powers of two, as `torch.amp.GradScaler` has them by default. Where the learning
+    rate has changed from a to a', an error is worth what it was worth when multiplied by a / a' (Zheng et al. 2019,
+    arXiv 1905.10936).
+
+    Parameters
+    ----------
+    grad_scaler
+        A ``torch.amp.GradScaler`` or anything with ``get_scale()``. None: gradients are not scaled.
+    lr_aware
+        Whether errors follow the learning rate.
+    """
+
+    def __init__(self, grad_scaler: Any = None, lr_aware: bool = False) -> None:
+        self.grad_scaler = grad_scaler
+        self.lr_aware = lr_aware
+        self.scale = 1.0
+        """The loss scale of what is kept."""
+        self._rates: dict[str, float] = {}
+
+    def follow(self, rates: Mapping[str, float]) -> Change | None:
+        """Reads the loss scale, at the beginning of a step.
+
+        Parameters
+        ----------
+        rates
+            The learning rate of each parameter, by name. One that is not positive and finite leaves the last.
+
+        Returns
+        -------
+        Change or None
+            None where nothing has changed.
+        """
+        scale = self.scale
+        if self.grad_scaler is not None:
+            now = float(self.grad_scaler.get_scale())
+            scale = now if 0 < now < math.inf else self.scale
+        of_scale = scale / self.scale
+        self.scale = scale
+        before = self._rates
+        if self.lr_aware:
+            self._rates = before | {name: float(rate) for name, rate in rates.items() if 0 < rate < math.inf}
+        if of_scale == 1.0 and self._rates == before:
+            return None
+        return Change(of_scale, {n: before[n] / a for n, a in self._rates.items() if n in before and before[n] != a})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers only."""
+        return {"scale": self.scale, "learning_rates": dict(self._rates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.scale = state["scale"]
+        self._rates = dict(state["learning_rates"])

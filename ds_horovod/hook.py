@@ -22,6 +22,7 @@ from horovod.torch import optimizer as stock
 from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
+from .session import changed_too_early
 from .transport import HorovodTransport, require_horovod_for
 from .uncompressed import clip
 
@@ -242,7 +243,9 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
         if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
             return None
-        if session is None:
+        if session is not None:
+            _require_scaled(self, squeeze.grad_scaler)
+        else:
             _follow(self)
             if squeeze.max_norm is not None:
                 clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm * squeeze.units.scale)
@@ -253,6 +256,13 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return synchronize
+
+
+def _require_scaled(self: Any, grad_scaler: Any) -> None:
+    """Raises RuntimeError where gradients have been divided by the loss scale already, of which their versions tell nothing."""
+    state = getattr(grad_scaler, "_per_optimizer_states", {}).get(id(self))
+    if state is not None and getattr(state.get("stage"), "name", None) == "UNSCALED":
+        raise changed_too_early("each gradient")
 
 
 def _follow(self: Any) -> None:

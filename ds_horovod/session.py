@@ -19,6 +19,15 @@ from .units import Change, Units
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 
 
+def changed_too_early(what: str) -> RuntimeError:
+    """For gradients that are no longer those that left."""
+    return RuntimeError(
+        f"DoubleSqueeze: {what} was changed after backward() and before synchronize(), while it may have been under way. "
+        "Call optimizer.synchronize() first, then change gradients (scaler.unscale_, clip_grad_norm_), then step inside "
+        "`with optimizer.skip_synchronize()`"
+    )
+
+
 def _norm(tensors: Sequence[Tensor | None]) -> float:
     return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors if t is not None))
 
@@ -261,11 +270,7 @@ class Session(Generic[Handle]):
     def _require_untouched(self) -> None:
         for p, (gradient, version) in self._noted.items():
             if p.grad is not gradient or gradient._version != version:
-                raise RuntimeError(
-                    f"DoubleSqueeze: the gradient of {self._names[p]} was changed after backward() and before synchronize(), "
-                    "while it may have been under way. Call optimizer.synchronize() first, then change gradients "
-                    "(scaler.unscale_, clip_grad_norm_), then step inside `with optimizer.skip_synchronize()`"
-                )
+                raise changed_too_early(f"the gradient of {self._names[p]}")
 
     def drain(self) -> None:
         """Returns when nothing is under way.

@@ -9,19 +9,26 @@ import pytest
 from horovod_jobs import ROOT, horovodrun, separate_ranks
 
 WORKERS = ROOT / "tests" / "workers"
-CHECKS = re.findall(r"^@check\ndef (\w+)", (WORKERS / "checks.py").read_text(), re.MULTILINE)
+SCRIPTS = ["checks", "mixed"]
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """What every rank says of every check."""
-    file = tmp_path_factory.mktemp("checks") / f"ranks{request.param}"
-    horovodrun(request.param, str(WORKERS / "checks.py"), str(file))
-    return [json.loads(file.with_name(f"{file.name}.{rank}").read_text()) for rank in range(request.param)]
+    """What every rank says of every check of a script."""
+    script, ranks = request.param
+    file = tmp_path_factory.mktemp(script) / f"ranks{ranks}"
+    horovodrun(ranks, str(WORKERS / f"{script}.py"), str(file))
+    return [json.loads(file.with_name(f"{file.name}.{rank}").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("results", [2, 3, 4], indirect=True)
+def _checks():
+    for script in SCRIPTS:
+        names = re.findall(r"^@check\ndef (\w+)", (WORKERS / f"{script}.py").read_text(), re.MULTILINE)
+        for ranks in (2, 3, 4):
+            yield from (pytest.param((script, ranks), name, id=f"{ranks}-{name}") for name in names)
+
+
+@pytest.mark.parametrize("results, check", _checks(), indirect=["results"])
 def test_check(results, check):
     failures = [f"rank {rank}: {result[check]}" for rank, result in enumerate(results) if result[check]]
     assert not failures, "\n".join(failures)

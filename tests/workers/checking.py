@@ -1,0 +1,122 @@
+"""What the scripts of checks share: run by ``horovodrun -np N python tests/workers/SCRIPT.py FILE``.
+
+Every rank runs every check of a script in the same order and writes FILE.<rank>: a JSON object of check -> "" or a
+traceback. `horovod_jobs.checks` makes a test of each check.
+"""
+
+import json
+import sys
+import traceback
+from contextlib import contextmanager
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ds_horovod import DoubleSqueeze
+
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+@contextmanager
+def raises(kind, *parts):
+    """Like pytest.raises, for all parts of the message."""
+    try:
+        yield
+    except kind as error:
+        missing = [part for part in parts if part not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+
+# ---- helpers
+
+
+def small_model(seed=0, dtype=torch.float32):
+    """Parameters of odd sizes, several to a bucket, biases that stay dense."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 47), nn.Tanh(), nn.Linear(47, 7)).to(dtype)
+
+
+def batch(step, dtype=torch.float32):
+    """Another one on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + hvd.rank())
+    return torch.randn(16, 33, generator=generator).to(dtype), torch.randint(0, 7, (16,), generator=generator)
+
+
+def distributed(model, compression, kind=torch.optim.SGD, options=None, **kwargs):
+    optimizer = kind(model.parameters(), **({"lr": 0.1} if options is None else options))
+    return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression, **kwargs)
+
+
+def squeeze(*args, **kwargs):
+    """Compresses small parameters too, in small buckets."""
+    return DoubleSqueeze(*args, **{"min_numel": 64, "bucket_cap_mb": 0.01, **kwargs})
+
+
+def accumulate(model, step, passes):
+    for i in range(passes):
+        x, y = batch(10 * step + i)
+        cross_entropy(model(x), y).backward()
+
+
+def train_step(model, optimizer, step, dtype=torch.float32):
+    x, y = batch(step, dtype)
+    optimizer.zero_grad()
+    cross_entropy(model(x).float(), y).backward()
+    optimizer.step()
+
+
+def flat(tensors):
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+
+
+def everyones(values):
+    """Rank by rank."""
+    return hvd.allgather(values.unsqueeze(0).contiguous())
+
+
+def assert_identical(model):
+    """Bit for bit, on all ranks."""
+    own = torch.cat([p.detach().contiguous().view(-1).view(torch.uint8) for p in model.parameters()])
+    rows = everyones(own)
+    assert all(torch.equal(rows[0], row) for row in rows), "replicas differ"
+
+
+def errors_in_gradient_order(optimizer):
+    """(mean_i e_i, E) over all ranks for each compressed parameter, as dense float64 tensors by name."""
+    result = {}
+    session = optimizer._double_squeeze_session
+    for bucket in session.buckets:
+        layout, exchange = bucket.exchange.layout, bucket.exchange
+        worker = torch.zeros(layout.numel) if exchange.worker_error is None else exchange.worker_error
+        worker = everyones(worker.double()).mean(0)
+        own = torch.zeros(layout.numel, dtype=torch.float64)
+        if exchange.server_error is not None:
+            start = exchange.transport.serves * layout.shard_numel
+            own[start : start + layout.shard_numel] = exchange.server_error
+        server = everyones(own).sum(0)
+        for name, offset, numel in zip(bucket.names, layout.offsets, layout.numels, strict=True):
+            result[name] = worker[offset : offset + numel], server[offset : offset + numel]
+    return result
+
+
+def main():
+    hvd.init()
+    torch.set_num_threads(1)
+    results = {}
+    for function in CHECKS:
+        try:
+            function()
+            results[function.__name__] = ""
+        except Exception:
+            results[function.__name__] = traceback.format_exc()
+        with open(f"{sys.argv[1]}.{hvd.rank()}", "w") as file:
+            json.dump(results, file)

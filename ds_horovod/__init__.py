@@ -12,12 +12,15 @@ except ImportError as error:
         "does that (scripts/install_horovod.sh VENV)."
     ) from error
 
+from .checkpoint import save
 from .compressors import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from .double_squeeze import DoubleSqueeze
 from .eager import allreduce
+from .elastic import install as _install_elastic
 from .hook import install as _install
 
 _install()
+_install_elastic()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,4 +34,5 @@ __all__ = [
     "Ternary",
     "TopK",
     "allreduce",
+    "save",
 ]

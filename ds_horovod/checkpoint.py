@@ -1,14 +1,105 @@
-"""What one rank keeps, as plain tensors and values, and back."""
+"""What is kept, as plain tensors and values, and back: of one rank exactly, or of all ranks for any number of them."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from .session import Bucket
+import torch
+from torch import Tensor
+
+from .compressors import Compressor
+from .exchange import Options
+from .selection import Selection
+from .session import Bucket, Owed
 
 FORMAT = 4
 _ARRAYS = ("worker_error", "server_error", "velocity")
+
+
+class Shared(NamedTuple):
+    """What is the same on all ranks."""
+
+    compressors: tuple[Compressor, Compressor | None]
+    """Of pushes and of replies, None where they are the same."""
+    step: int
+    sparse: list[str]
+    """Names of parameters with sparse gradients."""
+    velocities: dict[str, Tensor]
+    """Of what is not compressed."""
+    units: dict[str, Any]
+
+
+class Snapshot(NamedTuple):
+    """What a rank needs to go on among any number of ranks."""
+
+    owed: dict[str, Owed]
+    """Its own, by name of parameter."""
+    shared: Shared
+
+
+def save(obj: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` that leaves the old file, whole, or the new one, whenever it is interrupted.
+
+    Parameters
+    ----------
+    obj
+        What ``torch.save`` takes.
+    path
+        Of the file. A temporary one lies beside it meanwhile.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def require_fits(
+    state: Mapping[str, Any],
+    parameters: Sequence[tuple[str, Tensor]],
+    selection: Selection,
+    compressor: Compressor,
+    options: Options,
+) -> None:
+    """Raises ValueError unless all that a `DoubleSqueeze.full_state_dict` holds has a place here: nothing may get lost."""
+    known = dict(parameters)
+    if state["errors"] and not (options.worker_error or options.server_error):
+        raise _unfit("errors, but neither worker_error nor server_error is on")
+    if state["velocities"] and not options.momentum:
+        raise _unfit(f"velocities, of {next(iter(state['velocities']))} first, but momentum is 0")
+    for kind in ("errors", "velocities"):
+        for name, tensor in state[kind].items():
+            if name not in known:
+                raise _unfit(f"{kind} of {name}, which is not a parameter here")
+            if tensor.shape != known[name].shape:
+                raise _unfit(f"{kind} of {name} of shape {tuple(tensor.shape)}, here {tuple(known[name].shape)}")
+    for name in state["errors"]:
+        if name in state["sparse"] or selection.compressor(name, known[name], compressor) is None:
+            raise _unfit(f"errors of {name}, which is not compressed here")
+
+
+def _unfit(what: str) -> ValueError:
+    return ValueError(f"DoubleSqueeze: the state holds {what}")
 
 
 def save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:

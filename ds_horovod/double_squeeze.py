@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checkpoint import FORMAT, load_buckets, save_bucket
+from .checkpoint import FORMAT, Shared, Snapshot, load_buckets, require_fits, save_bucket
 from .compressors import Compressor, OneBit, Quantize
 from .exchange import Options
 from .selection import Choose, Selection, explain
-from .session import GroupTransport, Session, combine_stats
+from .session import GroupTransport, Owed, Session, combine_stats, share
 from .uncompressed import Velocities
 from .units import Units
+
+
+class _Bound(NamedTuple):
+    name: str
+    parameters: list[tuple[str, Tensor]]
+    average: bool
+    selection: Selection
 
 
 class DoubleSqueeze:
@@ -148,7 +156,11 @@ class DoubleSqueeze:
         self.choose = choose
         self.units = Units(grad_scaler, self.lr_aware)
         self.velocities = Velocities(self.momentum)
-        self._optimizer_session: Session[Any] | None = None
+        self.session: Session[Any] | None = None
+        """The exchange of an optimizer's gradients; None for one rank, and before the first use."""
+        self._bound: _Bound | None = None
+        self._inherited: dict[str, Tensor] = {}  # what one rank owes to gradients, of times when there were several
+        self._inherited_step = 0
         self._tensor_sessions: dict[str, Session[Any]] = {}
         self._loaded: Mapping[str, Any] | None = None  # for what is not in use yet
         self._size = self._rank = -1  # not in use yet
@@ -226,14 +238,80 @@ class DoubleSqueeze:
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
             if p.device.type not in ("cpu", "cuda"):
                 raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu and cuda are supported")
-        options = self._options(average, transport.size)
-        self._size, self._rank = transport.size, transport.rank
-        if transport.size > 1:
-            trained = [(label, p) for label, p in parameters if p.requires_grad]
-            self._optimizer_session = Session(name, trained, options, selection, transport, self.units)
+        trained = [(label, p) for label, p in parameters if p.requires_grad]
+        self._bound = _Bound(name, trained, average, selection)
+        self._enter(transport)
         if self._loaded is not None:
             self.load_state_dict(self._loaded)
-        return self._optimizer_session
+        return self.session
+
+    def _enter(self, transport: GroupTransport[Any]) -> None:
+        assert self._bound is not None
+        name, parameters, average, selection = self._bound
+        options = self._options(average, transport.size)
+        self._size, self._rank = transport.size, transport.rank
+        several = transport.size > 1
+        self.session = Session(name, parameters, options, selection, transport, self.units) if several else None
+
+    # ---- going on among other ranks, or from a file that they have written
+
+    @property
+    def size(self) -> int:
+        """Ranks that take part; -1 before the first use."""
+        return self._size
+
+    def snapshot(self) -> Snapshot:
+        """What this rank needs to go on later, among any number of ranks. Raises RuntimeError while a step is under way."""
+        owed = {name: Owed(error, None) for name, error in self._inherited.items()}
+        sparse: list[str] = []
+        step = self._inherited_step
+        if self.session is not None:
+            owed, sparse, step = self.session.owed(), sorted(self.session.sparse), self.session.step
+        velocities = {name: velocity.clone() for name, velocity in self.velocities.state_dict().items()}
+        compressors = self.compressor, None if self._replies_alike else self.server_compressor
+        return Snapshot(owed, Shared(compressors, step, sparse, velocities, self.units.state_dict()))
+
+    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot) -> None:
+        """Goes on among other ranks, with what this one has kept of the time before; all of them call it.
+
+        What the ranks owed to the gradients (`Exchange.owed`) is what those that are still there owe from now on.
+        """
+        if self._bound is None:
+            raise ValueError("DoubleSqueeze: only an optimizer's instance can go on among other ranks")
+        (self.compressor, server_compressor), shared = snapshot.shared.compressors, snapshot.shared
+        self._replies_alike = server_compressor is None
+        self.server_compressor = self.compressor if server_compressor is None else server_compressor
+        self._enter(transport)
+        self._take_over(snapshot.owed, shared.step, shared.sparse, shared.velocities)
+        self.units.load_state_dict(shared.units)
+
+    def _take_over(self, owed: dict[str, Owed], step: int, sparse: Iterable[str], velocities: Mapping[str, Tensor]) -> None:
+        """In new buckets what this rank owes, and velocities that are the same on all ranks."""
+        velocities = dict(velocities)
+        session = self.session
+        if session is None:
+            self._inherited = {name: o.error for name, o in owed.items()}
+            self._inherited_step = step
+            velocities |= {name: o.velocity for name, o in owed.items() if o.velocity is not None}
+        else:
+            self._inherited = {}
+            names = frozenset(sparse)
+            session.adopt(names, session.fill(names), hold_errors=True)
+            if not self.worker_error and self.server_error:  # then it must be the same on all ranks
+                owed = session.level(owed)
+            if self.momentum:
+                for name in [n for n, p in session.parameters if session.covers(p) and n in velocities]:
+                    own = velocities.pop(name).float() / session.transport.size
+                    error, u = owed.get(name, Owed(torch.zeros_like(own), None))
+                    owed[name] = Owed(error, own if u is None else own.to(u.device) + u)
+            session.owe(owed, step)
+        self.velocities.load_state_dict(velocities)
+
+    def pay(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """On one rank: what an exchange of several ranks has owed is added to the gradients of the next step, once."""
+        for name, gradient in gradients if self._inherited else ():
+            if name in self._inherited:
+                gradient += self._inherited.pop(name).to(gradient.device)
 
     def tensor_session(
         self, prefix: str, name: str, tensor: Tensor, average: bool, transport: GroupTransport[Any]
@@ -245,7 +323,7 @@ class DoubleSqueeze:
         ValueError
             The instance belongs to an optimizer, or the tensor is another than the name stood for.
         """
-        if self._optimizer_session is not None:
+        if self.session is not None:
             raise ValueError("DoubleSqueeze: this instance belongs to an optimizer; make another one for allreduce")
         for option in ("momentum", "warmup_steps", "max_norm", "grad_scaler", "lr_aware", "choose"):
             if getattr(self, option):
@@ -257,9 +335,7 @@ class DoubleSqueeze:
             stand_in = torch.empty_like(tensor)
             session = Session(f"{prefix}.{name}", [(name, stand_in)], options, Selection(1, None, min_dim=0), transport)
             if self._loaded is not None:
-                self._require_same_place(self._loaded)
-                saved = [b for b in self._loaded["buckets"] if b["parameters"] == [name]]
-                load_buckets(saved, session.buckets if saved else [])
+                self._load_tensor(self._loaded, session)
             self._tensor_sessions[name] = session
         ((_, stand_in),) = session.parameters
         now, then = ((x.dtype, tuple(x.shape), x.device) for x in (tensor, stand_in))
@@ -306,13 +382,13 @@ class DoubleSqueeze:
         change = self.units.follow(rates)
         if change is None:
             return
-        if self._optimizer_session is not None:
-            self._optimizer_session.rescale(change)
+        if self.session is not None:
+            self.session.rescale(change)
         self.velocities.rescale(change.scale)
 
     @property
     def _sessions(self) -> list[Session[Any]]:
-        return list(self._tensor_sessions.values()) if self._optimizer_session is None else [self._optimizer_session]
+        return list(self._tensor_sessions.values()) if self.session is None else [self.session]
 
     # ---- for the user
 
@@ -351,7 +427,7 @@ class DoubleSqueeze:
         ValueError
             There is no model and no optimizer either.
         """
-        session = self._optimizer_session
+        session = self.session
         if model is None:
             if session is None:
                 raise ValueError("DoubleSqueeze: explain needs a model, since no optimizer of several ranks uses this instance")
@@ -364,9 +440,10 @@ class DoubleSqueeze:
         return explain(selection, trained, plans, workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Errors and velocities of this rank: plain tensors (not copied) and values, for ``torch.save``.
+        """Errors and velocities of this rank: plain tensors (not copied) and values, for `ds_horovod.save`.
 
-        Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks.
+        Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks, bit for bit. For one file that
+        any number of ranks can load there is `full_state_dict`.
         """
         return {
             "format": FORMAT,
@@ -379,8 +456,70 @@ class DoubleSqueeze:
             "units": self.units.state_dict(),
         }
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """What all ranks hold together, for one file that any number of ranks can load; all of them call this, one saves it.
+
+        Returns
+        -------
+        dict
+            ``errors``: ``mean_i(e_i) + E`` of each parameter that is compressed (for ``op=Sum`` the sum), float32, of its
+            shape, on the cpu; ``velocities`` likewise; ``step``, ``sparse``, ``units``: plain values. The same on all ranks.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
+        """
+        errors = {name: error.cpu() for name, error in self._inherited.items()}
+        velocities = {name: velocity.cpu().clone() for name, velocity in self.velocities.state_dict().items()}
+        for session in self._sessions:
+            for name, owed in session.owed(by_all=True).items():
+                if self.worker_error or self.server_error:
+                    errors[name] = owed.error.cpu().clone()
+                if owed.velocity is not None:
+                    velocities[name] = owed.velocity.cpu().clone()
+        return {
+            "format": FORMAT,
+            "step": max((session.step for session in self._sessions), default=self._inherited_step),
+            "sparse": sorted(name for session in self._sessions for name in session.sparse),
+            "errors": errors,
+            "velocities": velocities,
+            "units": self.units.state_dict(),
+        }
+
+    def change_compressor(self, compressor: Compressor, server_compressor: Compressor | None = None) -> None:
+        """Goes on with another compressor from the next step on; all ranks call it, between two steps.
+
+        What the errors hold is kept: the law holds across the change. The next step begins as the first one did, so that ranks
+        that have changed to different ones are told. Before the optimizer is made it says what to begin with.
+
+        Parameters
+        ----------
+        compressor, server_compressor
+            As for the class.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the class; or the instance is that of tensors outside an optimizer.
+        RuntimeError
+            A step is under way.
+        """
+        _require_compressor("compressor", compressor, self.momentum)
+        if server_compressor is not None:
+            _require_compressor("server_compressor", server_compressor)
+        if self._tensor_sessions:
+            raise ValueError("DoubleSqueeze: change_compressor is for optimizers, and allreduce uses this instance")
+        replies_alike = server_compressor is None
+        if self.session is not None:
+            reply = None if replies_alike else server_compressor
+            self.session.change(replace(self.session.options, compressor=compressor, server_compressor=reply))
+        self.compressor = compressor
+        self.server_compressor = compressor if server_compressor is None else server_compressor
+        self._replies_alike = replies_alike
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave, exactly.
+        """Takes back what `state_dict` gave, exactly, or what `full_state_dict` gave, on all ranks.
 
         Of an instance that is not in use yet, and of tensors that `allreduce` has not seen yet: at their first use, which
         then raises what is said here.
@@ -391,8 +530,11 @@ class DoubleSqueeze:
             The state is of another format, world size, rank or layout: which one, and what was expected. Nothing has
             changed then.
         """
+        if "buckets" not in state:
+            self._load_full(state)
+            return
         self._require_same_place(state)
-        session = self._optimizer_session
+        session = self.session
         if session is not None:
             sparse = set(state["sparse"])
             buckets = session.buckets if session.started or sparse == session.sparse else session.fill(sparse)
@@ -406,6 +548,30 @@ class DoubleSqueeze:
             self._loaded = state
         self.velocities.load_state_dict(state["velocities"])
         self.units.load_state_dict(state["units"])
+
+    def _load_full(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            raise ValueError(f"DoubleSqueeze: the state is of format {state.get('format')}, this is format {FORMAT}")
+        if self._bound is None:
+            for session in self._tensor_sessions.values():
+                self._load_tensor(state, session)
+            self._loaded = state
+            return
+        require_fits(state, self._bound.parameters, self._bound.selection, self.compressor, self._options(True, 1))
+        owed = share({name: Owed(error, None) for name, error in state["errors"].items()}, self._size)
+        self._take_over(owed, state["step"], state["sparse"], state["velocities"])
+        self.units.load_state_dict(state["units"])
+
+    def _load_tensor(self, state: Mapping[str, Any], session: Session[Any]) -> None:
+        ((name, _),) = session.parameters
+        if "buckets" in state:
+            self._require_same_place(state)
+            saved = [b for b in state["buckets"] if b["parameters"] == [name]]
+            load_buckets(saved, session.buckets if saved else [])
+        elif name in state["errors"]:
+            require_fits({**state, "errors": {name: state["errors"][name]}}, session.parameters, session.selection,
+                         self.compressor, session.options)  # fmt: skip
+            session.owe(share({name: Owed(state["errors"][name], None)}, session.transport.size), state["step"])
 
     def _require_same_place(self, state: Mapping[str, Any]) -> None:
         expected = {"format": FORMAT, "server": self.server}

@@ -183,6 +183,49 @@ class Exchange(Generic[Handle]):
         """For the next `zeros` of its shape."""
         self.spare_buffers.setdefault(tuple(buffer.shape), []).append(buffer)
 
+    def owed(self) -> tuple[Tensor, Tensor | None]:
+        """What this rank still owes to the gradients, between two steps.
+
+        Returns
+        -------
+        error, velocity
+            ``weight * e``, and E where this rank serves; ``weight * u``, or None. Both float32, ``(layout.numel,)``, new. Over
+            all ranks they add up to what the law counts, ``mean_i(e_i) + E``, whatever the layout and the ranks are.
+        """
+        self.join()
+        weight, error, velocity = self.options.weight, self.worker.error, self.worker.velocity
+        owed = torch.zeros(self.layout.numel, device=self.device) if error is None else error * weight
+        if self.server.error is not None:
+            owed[self._served] += self.server.error
+        return owed, None if velocity is None else velocity * weight
+
+    def owe(self, error: Tensor, velocity: Tensor | None, step: int) -> None:
+        """Takes over what other exchanges have `owed`, in place of what this one holds.
+
+        Parameters
+        ----------
+        error, velocity
+            The share of this rank, as `owed` gives it. Where workers do not compensate it must be the same on all ranks.
+        step
+            How many have been taken.
+        """
+        if self.worker.error is not None:
+            self.worker.error.copy_(error / self.options.weight)
+        if self.server.error is not None:
+            own = error[self._served] * self.transport.size
+            self.server.error.copy_(torch.zeros_like(own) if self.worker.error is not None else own)
+        if self.worker.velocity is not None and velocity is not None:
+            self.worker.velocity.copy_(velocity / self.options.weight)
+        self.worker.step = self.server.step = step
+        self.produced()
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+
+    @property
+    def _served(self) -> slice:
+        start = self.server.first_shard * self.layout.shard_numel
+        return slice(start, start + self.layout.shard_numel)
+
     def rescale(self, errors: Sequence[float], velocity: float) -> None:
         """Multiplies what is kept, between two steps, because gradients are in other units from now on.
 

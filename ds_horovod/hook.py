@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from horovod.torch import optimizer as stock
 from torch import Tensor
 
 from .double_squeeze import DoubleSqueeze
+from .elastic import require_handler
 from .session import changed_too_early
 from .transport import HorovodTransport, require_horovod_for
 from .uncompressed import clip
@@ -94,7 +96,6 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
         squeeze = as_double_squeeze(call.arguments["compression"])
-        self._double_squeeze_session = None
         if squeeze is None:
             return original(self, *args, **kwargs)
         if squeeze.lr_aware and any("lr" not in group for group in call.arguments["params"]):
@@ -112,7 +113,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         self._double_squeeze_late = _LateGradients()
         if process_set.included():
             transport = HorovodTransport(squeeze.server, process_set)
-            self._double_squeeze_session = squeeze.bind(name, parameters, average, transport, grouped)
+            squeeze.bind(name, parameters, average, transport, grouped)
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
@@ -193,16 +194,15 @@ def _result(handle: Any) -> Any:
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Any, Any]:
-        session = self._double_squeeze_session
+        squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
+        if squeeze is None:
+            return original(self, p)  # type: ignore[no-any-return]
+        # A new step. Passes of a step that only accumulate gradients have left handles of None.
+        if all(handle is None for handle, _ in self._handles.values()):
+            _begin_step(self, squeeze)
+        session, late = squeeze.session, self._double_squeeze_late
         if session is None:
             return original(self, p)  # type: ignore[no-any-return]
-        late = self._double_squeeze_late
-        # A new step: what is still under way was dropped by optimizer.load_state_dict. Passes of a step that only
-        # accumulate gradients have left handles of None.
-        if all(handle is None for handle, _ in self._handles.values()):
-            session.abandon()
-            late.forget()
-            _follow(self)
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
         sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
@@ -238,7 +238,7 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
         if squeeze is None:
             return original(self)  # type: ignore[no-any-return]
-        session, named = self._double_squeeze_session, self._double_squeeze_parameters
+        session, named = squeeze.session, self._double_squeeze_parameters
         # step() after synchronize(): what has been averaged must not be compressed again. Where a step was skipped, as
         # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
         if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
@@ -253,6 +253,7 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         for name, p in named:
             if p.grad is not None and (session is None or not session.covers(p)):
                 squeeze.velocities.add(name, p.grad)
+        squeeze.pay((name, p.grad) for name, p in named if p.grad is not None)
         return None
 
     return synchronize
@@ -263,6 +264,18 @@ def _require_scaled(self: Any, grad_scaler: Any) -> None:
     state = getattr(grad_scaler, "_per_optimizer_states", {}).get(id(self))
     if state is not None and getattr(state.get("stage"), "name", None) == "UNSCALED":
         raise changed_too_early("each gradient")
+
+
+def _begin_step(self: Any, squeeze: DoubleSqueeze) -> None:
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        require_handler(squeeze)
+        # Where ranks have only left, Horovod does not synchronize states.
+        if squeeze.size != self.process_set.size():
+            squeeze.rebind(HorovodTransport(squeeze.server, self.process_set), squeeze.snapshot())
+    if squeeze.session is not None:
+        squeeze.session.abandon()  # what is still under way was dropped by optimizer.load_state_dict
+    self._double_squeeze_late.forget()
+    _follow(self)
 
 
 def _follow(self: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .double_squeeze import DoubleSqueeze
 from .exchange import Exchange, Options
 from .layout import Layout
+from .session import Session
 
 
 class _Ticket(NamedTuple):
@@ -95,6 +96,10 @@ class InProcessTransport:
         """This worker's alone: the others would have to run to give theirs, and `Workers` makes them all alike."""
         return [value]
 
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """This worker's alone, for the same reason."""
+        return tensor
+
 
 class Simulation:
     """n workers exchanging one bucket, step after step.
@@ -151,13 +156,14 @@ class Workers:
 
     def __init__(self, make: Callable[[], DoubleSqueeze], parameters: Sequence[tuple[str, Tensor]], workers: int) -> None:
         self.squeezes = [make() for _ in range(workers)]
-        self._sessions = []
         for squeeze, transport in zip(self.squeezes, InProcessTransport.group(workers, self.squeezes[0].server), strict=True):
             own = [(name, p.detach().clone().requires_grad_(p.requires_grad)) for name, p in parameters]
-            session = squeeze.bind("workers", own, True, transport)
-            if session is None:
+            if squeeze.bind("workers", own, True, transport) is None:
                 raise ValueError(f"Workers: workers must be at least 2, got {workers}")
-            self._sessions.append(session)
+
+    @property
+    def _sessions(self) -> list[Session[Any]]:
+        return [squeeze.session for squeeze in self.squeezes if squeeze.session is not None]
 
     def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The aggregated gradient of each parameter, as every worker gets it.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .agreement import require_agreement
@@ -52,6 +53,21 @@ class GroupTransport(Transport[Handle], Protocol[Handle]):
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Every rank's value, by rank. Blocks."""
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """Of all ranks' tensors. Blocks."""
+
+
+class Owed(NamedTuple):
+    """What a rank owes to the gradient of a parameter, of its shape: see `Exchange.owed`."""
+
+    error: Tensor
+    velocity: Tensor | None
+
+
+def share(owed: Mapping[str, Owed], ranks: int) -> dict[str, Owed]:
+    """What each of some ranks takes over of what all of them owe together."""
+    return {n: Owed(o.error / ranks, None if o.velocity is None else o.velocity / ranks) for n, o in owed.items()}
 
 
 @dataclass(eq=False)
@@ -121,6 +137,7 @@ class Session(Generic[Handle]):
         self.clips = options.max_norm is not None
         """Whether no gradient may leave before all are there."""
         self._names = {p: n for n, p in self.parameters}
+        self._changes = 0  # of compressors
         self._gradients_met = 0
         self._met: list[Tensor] = []  # in this step, where they are to be clipped
         self._arrived: set[Tensor] = set()  # and not yet under way
@@ -139,10 +156,11 @@ class Session(Generic[Handle]):
     def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
         """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
         buckets = []
+        name = f"{self.name}.change{self._changes}" if self._changes else self.name  # sizes under a name never change
         for b, plan in enumerate(self.plan(sparse)):
             options = replace(self.options, compressor=plan.compressor, server_compressor=plan.server_compressor)
             device = plan.parameters[0].device
-            exchange = Exchange(b, f"{self.name}.bucket{b}", plan.layout, options, self.transport, device, self.totals)
+            exchange = Exchange(b, f"{name}.bucket{b}", plan.layout, options, self.transport, device, self.totals)
             buckets.append(Bucket(plan.names, plan.parameters, exchange))
         return buckets
 
@@ -188,6 +206,74 @@ class Session(Generic[Handle]):
             gradient = gradient._values()
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
+
+    @property
+    def step(self) -> int:
+        """How many have been taken, since training began."""
+        return max((bucket.exchange.worker.step for bucket in self.buckets), default=0)
+
+    def owed(self, by_all: bool = False) -> dict[str, Owed]:
+        """What this rank owes to each parameter that is compressed, by name, or all ranks together, all of which call it.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
+        """
+        if self._arrived or self._journeys:
+            raise RuntimeError(
+                "DoubleSqueeze: gradients are under way; errors can be taken over between optimizer.step() and backward() alone"
+            )
+        result = {}
+        for bucket in self.buckets:
+            error, velocity = bucket.exchange.owed()
+            if by_all:
+                error = self.transport.sum(error, bucket.exchange.name + ".owed")
+                velocity = velocity if velocity is None else self.transport.sum(velocity, bucket.exchange.name + ".velocity")
+            for name, p, offset in zip(bucket.names, bucket.parameters, bucket.exchange.layout.offsets, strict=True):
+                here = slice(offset, offset + p.numel())
+                result[name] = Owed(error[here].view(p.shape), None if velocity is None else velocity[here].view(p.shape))
+        return result
+
+    def owe(self, owed: Mapping[str, Owed], step: int) -> None:
+        """Takes over what `owed` said, of these parameters in other buckets or among other ranks. What is not there: zero."""
+        for bucket in self.buckets:
+            layout, device = bucket.exchange.layout, bucket.exchange.device
+            error, velocity = torch.zeros(layout.numel, device=device), torch.zeros(layout.numel, device=device)
+            for name, offset, numel in zip(bucket.names, layout.offsets, layout.numels, strict=True):
+                if name in owed:
+                    error[offset : offset + numel] = owed[name].error.to(device).view(-1)
+                    u = owed[name].velocity
+                    if u is not None:
+                        velocity[offset : offset + numel] = u.to(device).view(-1)
+            bucket.exchange.owe(error, velocity, step)
+
+    def level(self, owed: Mapping[str, Owed]) -> dict[str, Owed]:
+        """Errors that are the same on all ranks, each a share of what they owe together; all of them call it."""
+        result = {}
+        for name, p in [(n, p) for n, p in self.parameters if self.covers(p)]:
+            own = owed[name].error if name in owed else torch.zeros(p.shape, device=p.device)
+            result[name] = Owed(self.transport.sum(own, f"{self.name}.{name}.owed") / self.transport.size, None)
+        return result
+
+    def change(self, options: Options) -> None:
+        """Goes on with other compressors, in new buckets that owe what the old ones did; all ranks call it between two steps.
+
+        The next step begins as the first one did: the ranks compare what they hold.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
+        """
+        owed, step = self.owed(), self.step
+        if not options.worker_error:
+            owed = self.level(owed)
+        self.options = options
+        self._changes += 1
+        self.started = False
+        self.adopt(self.sparse, self.fill(self.sparse), hold_errors=True)
+        self.owe(owed, step)
 
     def rescale(self, change: Change) -> None:
         """Multiplies what is kept of each parameter, between two steps."""

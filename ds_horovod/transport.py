@@ -84,6 +84,11 @@ class HorovodTransport:
         everyones = hvd.allgather(own, name=name, process_set=self._process_set)
         return [pickle.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
 
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """Of all ranks' tensors. Blocks."""
+        total: Tensor = hvd.allreduce(tensor, op=hvd.Sum, name=name, process_set=self._process_set)
+        return total
+
 
 def _is_set(variable: str) -> bool:
     """As Horovod reads its variables: a whole number over zero, and what follows is ignored."""

@@ -1,0 +1,57 @@
+"""Elastic Horovod: ranks come and go, and errors stay with the ranks that do."""
+
+from __future__ import annotations
+
+import weakref
+
+import horovod.torch as hvd
+from horovod.torch.elastic import state as stock
+
+from .double_squeeze import DoubleSqueeze
+from .transport import HorovodTransport
+
+_handled: weakref.WeakSet[DoubleSqueeze] = weakref.WeakSet()
+
+
+class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
+    """What ``hvd.elastic.TorchState(..., compression=...)`` does with a DoubleSqueeze.
+
+    A commit keeps what this rank owes to the gradients (`Exchange.owed`), in the memory of the host. When ranks have come
+    or gone, each of those that are still there goes on with what it owed itself, new ones with nothing, and all with the first
+    rank's compressors, step and units. What a lost rank owed is lost with it, as its gradient is.
+    """
+
+    def __init__(self, value: DoubleSqueeze) -> None:
+        super().__init__(value)
+        _handled.add(value)
+        self.save()
+
+    def save(self) -> None:
+        """`TorchState.commit`."""
+        self._saved = self.value.snapshot()
+        self._restored = False
+
+    def restore(self) -> None:
+        """`TorchState.restore`: back to the last commit. Horovod has failed; `sync` comes next."""
+        self._restored = True
+
+    def sync(self) -> None:
+        """`TorchState.sync`: ranks have come or gone, or training begins."""
+        own = self._saved if self._restored else self.value.snapshot()
+        shared = hvd.broadcast_object(own.shared, root_rank=0, name="doublesqueeze.elastic")
+        self.value.rebind(HorovodTransport(self.value.server), own._replace(shared=shared))
+        self.save()
+
+
+def install() -> None:
+    """Registers the handler with Horovod; to be called once."""
+    stock.get_handler_registry().append((DoubleSqueeze, DoubleSqueezeStateHandler))
+
+
+def require_handler(squeeze: DoubleSqueeze) -> None:
+    """Raises RuntimeError unless an elastic state knows this instance: ranks that come would wait for the others for ever."""
+    if squeeze not in _handled:
+        raise RuntimeError(
+            "DoubleSqueeze: in an elastic job pass compression=optimizer.double_squeeze to hvd.elastic.TorchState, beside "
+            "model and optimizer, so that errors are committed, restored and taken over when ranks come or go"
+        )

@@ -282,7 +282,10 @@ class DoubleSqueeze:
         self._replies_alike = server_compressor is None
         self.server_compressor = self.compressor if server_compressor is None else server_compressor
         self._enter(transport)
-        self._take_over(snapshot.owed, shared.step, shared.sparse, shared.velocities)
+        owed = snapshot.owed
+        if self.session is not None and not self.worker_error and self.server_error:  # servers take it over
+            owed = self.session.level(owed)
+        self._take_over(owed, shared.step, shared.sparse, shared.velocities)
         self.units.load_state_dict(shared.units)
 
     def _take_over(self, owed: dict[str, Owed], step: int, sparse: Iterable[str], velocities: Mapping[str, Tensor]) -> None:
@@ -297,8 +300,6 @@ class DoubleSqueeze:
             self._inherited = {}
             names = frozenset(sparse)
             session.adopt(names, session.fill(names), hold_errors=True)
-            if not self.worker_error and self.server_error:  # then it must be the same on all ranks
-                owed = session.level(owed)
             if self.momentum:
                 for name in [n for n, p in session.parameters if session.covers(p) and n in velocities]:
                     own = velocities.pop(name).float() / session.transport.size

@@ -1,0 +1,315 @@
+"""What errors owe to the gradients is kept when the ranks, the compressor or the layout become others."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from support import generator
+
+import ds_horovod
+from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
+from ds_horovod.in_process import InProcessTransport, Workers
+
+SHAPES = {"embedding": (30, 40), "matrix": (50, 21), "bias": (50,)}
+
+
+def named():
+    return [(name, torch.zeros(shape, requires_grad=True)) for name, shape in SHAPES.items()]
+
+
+def workers(n, **options):
+    compressor = options.pop("compressor", TopK(0.1))
+    return Workers(lambda: DoubleSqueeze(compressor, **{"min_numel": 64, "bucket_cap_mb": 0.004, **options}), named(), n)
+
+
+def train(group, g, steps=3):
+    """Some steps. Returns the sum of what has arrived, and of mean gradients, by parameter."""
+    arrived = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    total = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    for _ in range(steps):
+        gradients = [[torch.randn(shape, generator=g) for shape in SHAPES.values()] for _ in group.squeezes]
+        for i, name in enumerate(SHAPES):
+            total[name] += torch.stack([own[i] for own in gradients]).double().mean(0)
+        for name, result in zip(SHAPES, group.exchange(gradients), strict=True):
+            arrived[name] += result
+    return arrived, total
+
+
+def owed(group):
+    """What all workers owe together: mean_i(e_i) + E, and the mean of the velocities."""
+    result = {}
+    for squeeze in group.squeezes:
+        for name, (error, velocity) in squeeze.session.owed().items():
+            before = result.get(name, (0.0, 0.0))
+            result[name] = before[0] + error.double(), before[1] + (0.0 if velocity is None else velocity.double())
+    return result
+
+
+def resized(group, n, **options):
+    """As an elastic job does it: the first ranks are still there, more may have come."""
+    new = workers(n, **options)
+    snapshots = [squeeze.snapshot() for squeeze in group.squeezes]
+    for i, squeeze in enumerate(new.squeezes):
+        own = snapshots[i] if i < len(snapshots) else squeeze.snapshot()
+        squeeze.rebind(squeeze.session.transport, own._replace(shared=snapshots[0].shared))
+    return new
+
+
+def assert_owed(actual, expected):
+    assert actual.keys() == expected.keys() == {"embedding", "matrix"}
+    for name in expected:
+        for a, e in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
+CODECS = [
+    OneBit(64),
+    OneBit(32, "l2", "bucket"),
+    TopK(0.1),
+    TopK(0.1, values="sign"),
+    Ternary(64),
+    Quantize(2, 96),
+    Cast("fp16"),
+    RandomK(0.2),
+    NoCompression(),
+]
+
+
+def test_what_is_owed_is_what_the_law_counts():
+    for options in ({}, {"server": 1}, {"server_error": False}, {"worker_error": False}, {"server_compressor": OneBit(96)}):
+        group = workers(3, **options)
+        arrived, total = train(group, generator(0))
+        for name, (error, _) in owed(group).items():
+            assert error.abs().max() > 0.01
+            if not {"server_error", "worker_error"} & options.keys():
+                torch.testing.assert_close(arrived[name] + error, total[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compressor", CODECS, ids=repr)
+def test_more_ranks_owe_together_what_fewer_did(compressor):
+    options = {"compressor": compressor, **({"momentum": 0.5} if compressor.sparse else {})}
+    group, g = workers(2, **options), generator(1)
+    arrived, total = train(group, g)
+    before = owed(group)
+    group = resized(group, 3, **options)
+    assert_owed(owed(group), before)
+    if not compressor.sparse:  # with momentum there is more to count
+        more, later = train(group, g)
+        for name, (error, _) in owed(group).items():
+            moved = arrived[name] + more[name] + error
+            torch.testing.assert_close(moved, total[name] + later[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"server": 0}], ids=str)
+def test_those_that_stay_owe_what_they_did(options):
+    """Of three ranks one goes, with what it owed."""
+    group, g = workers(3, **options), generator(2)
+    train(group, g)
+    group.squeezes = group.squeezes[:2]
+    before = owed(group)
+    group = resized(group, 2, **options)
+    assert_owed(owed(group), before)
+    train(group, g)
+
+
+def test_steps_units_and_compressors_are_those_of_the_first_rank():
+    group = workers(2, compressor=TopK(0.1), lr_aware=True, momentum=0.5, warmup_steps=5)
+    for squeeze in group.squeezes:
+        squeeze.follow({"embedding": 0.5})
+        squeeze.change_compressor(TopK(0.2), TopK(0.3))
+    train(group, generator(3), steps=4)
+    velocity = group.squeezes[0].velocities.state_dict()["bias"]
+    group = resized(group, 3, compressor=TopK(0.1), lr_aware=True, momentum=0.5, warmup_steps=5)
+    for squeeze in group.squeezes:
+        assert (squeeze.compressor, squeeze.server_compressor) == (TopK(0.2), TopK(0.3))
+        assert squeeze.units.state_dict() == {"scale": 1.0, "learning_rates": {"embedding": 0.5}}
+        assert all(b.exchange.worker.step == b.exchange.server.step == 4 for b in squeeze.session.buckets)
+        assert torch.equal(squeeze.velocities.state_dict()["bias"], velocity)
+        assert not squeeze.session.started
+
+
+def test_one_rank_pays_what_several_owed_and_several_go_on_with_its_velocities():
+    options = {"momentum": 0.5}
+    group = workers(2, **options)
+    train(group, generator(4))
+    own = group.squeezes[0].session.owed()
+    alone = workers(2, **options).squeezes[0]
+    alone.rebind(InProcessTransport.group(1)[0], group.squeezes[0].snapshot())
+    assert alone.session is None
+    assert torch.equal(alone.full_state_dict()["errors"]["matrix"], own["matrix"].error)
+    velocities = alone.velocities.state_dict()
+    assert torch.equal(velocities["matrix"], own["matrix"].velocity) and "bias" in velocities
+    snapshot = alone.snapshot()
+    gradients = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    alone.pay(gradients.items())
+    assert torch.equal(gradients["matrix"], 1 + own["matrix"].error) and torch.equal(gradients["bias"], torch.ones(50))
+    alone.pay(gradients.items())  # once
+    assert torch.equal(gradients["matrix"], 1 + own["matrix"].error)
+    new = workers(3, **options)
+    for i, squeeze in enumerate(new.squeezes):
+        kept = snapshot if i == 0 else squeeze.snapshot()._replace(shared=snapshot.shared)
+        squeeze.rebind(squeeze.session.transport, kept)
+    for name, (error, velocity) in owed(new).items():
+        torch.testing.assert_close(error, own[name].error.double())
+        torch.testing.assert_close(velocity, own[name].velocity.double())
+
+
+# ---- another compressor
+
+
+@pytest.mark.parametrize("after", CODECS, ids=repr)
+@pytest.mark.parametrize("before", [OneBit(64), TopK(0.1, values="sign")], ids=repr)
+def test_the_law_across_a_change_of_compressor(before, after):
+    group, g = workers(3, compressor=before), generator(5)
+    arrived, total = train(group, g)
+    kept = owed(group)
+    for squeeze in group.squeezes:
+        squeeze.change_compressor(after, OneBit(32))
+    assert_owed(owed(group), kept)
+    more, later = train(group, g)
+    for name, (error, _) in owed(group).items():
+        torch.testing.assert_close(arrived[name] + more[name] + error, total[name] + later[name], rtol=1e-4, atol=1e-5)
+    assert {b.exchange.compressors() for s in group._sessions for b in s.buckets} == {(after, OneBit(32))}
+    assert all(".change1." in b.exchange.name for s in group._sessions for b in s.buckets)
+
+
+def test_a_change_before_the_optimizer_is_made():
+    squeeze = DoubleSqueeze()
+    squeeze.change_compressor(OneBit(64))
+    assert repr(squeeze) == repr(DoubleSqueeze(OneBit(64)))
+
+
+def test_a_change_in_mid_step():
+    group = workers(2)
+    session = group._sessions[0]
+    p = session.parameters[0][1]
+    p.grad = torch.zeros(30, 40)
+    session.meet(p)
+    session.ready(p)
+    with pytest.raises(RuntimeError, match=r"under way; .* between optimizer\.step\(\) and backward\(\)"):
+        group.squeezes[0].change_compressor(OneBit())
+
+
+def test_a_change_to_what_momentum_cannot_do():
+    with pytest.raises(ValueError, match=r"momentum=0\.5 needs a compressor"):
+        workers(2, momentum=0.5).squeezes[0].change_compressor(OneBit())
+    with pytest.raises(TypeError, match=r"server_compressor must be .*; write OneBit\(\.\.\.\)"):
+        workers(2).squeezes[0].change_compressor(OneBit(), OneBit)
+
+
+# ---- one file for any number of ranks
+
+
+def full_state(group):
+    """`full_state_dict` of all workers: in one process each knows its own alone."""
+    states = [squeeze.full_state_dict() for squeeze in group.squeezes]
+    for name in states[0]["errors"]:
+        states[0]["errors"][name] = sum(state["errors"][name] for state in states)
+        if group.squeezes[0].momentum:
+            states[0]["velocities"][name] = sum(state["velocities"][name] for state in states)
+    return states[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"server": 0}, {"worker_error": False}], ids=str)
+@pytest.mark.parametrize("loaded_first", [False, True])
+def test_any_number_of_ranks_loads_the_file(options, loaded_first, tmp_path):
+    group = workers(2, **options)
+    train(group, generator(6))
+    ds_horovod.save(full_state(group), tmp_path / "errors.pt")
+    state = torch.load(tmp_path / "errors.pt", weights_only=True)
+    for name, tensor in state["errors"].items():
+        assert tensor.shape == SHAPES[name] and tensor.abs().max() > 0.01
+    for n in (2, 3, 5):
+        if loaded_first:
+
+            def make():
+                squeeze = DoubleSqueeze(OneBit(96) if not options.get("momentum") else TopK(0.3), min_numel=64, **options)
+                squeeze.load_state_dict(state)
+                return squeeze
+
+            new = Workers(make, named(), n)
+        else:
+            new = workers(n, **options)
+            for squeeze in new.squeezes:
+                squeeze.load_state_dict(state)
+        assert_owed(owed(new), owed(group))
+        train(new, generator(7), steps=1)
+
+
+def test_a_file_without_a_place():
+    group = workers(2, momentum=0.5)
+    train(group, generator(8))
+    state = full_state(group)
+    for n, change, message in (
+        (2, {"momentum": 0.0}, "holds velocities, of .* first, but momentum is 0"),
+        (2, {"min_numel": 1100}, "holds errors of matrix, which is not compressed here"),
+        (3, {"choose": {"matrix": False}}, "holds errors of matrix, which is not compressed here"),
+    ):
+        new = workers(n, **{"momentum": 0.5, **change})
+        before = owed(new)
+        with pytest.raises(ValueError, match=message):
+            new.squeezes[0].load_state_dict(state)
+        for name, (error, velocity) in owed(new).items():
+            assert torch.equal(error, before[name][0]) and torch.equal(
+                torch.as_tensor(velocity), torch.as_tensor(before[name][1])
+            )
+    squeeze = workers(2, momentum=0.5).squeezes[0]
+    for key, value, message in (
+        ("errors", {"lost": torch.zeros(3)}, "holds errors of lost, which is not a parameter here"),
+        ("velocities", {"bias": torch.zeros(3)}, r"holds velocities of bias of shape \(3,\), here \(50,\)"),
+        ("format", 3, "of format 3, this is format 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            squeeze.load_state_dict({**state, key: value})
+    without = workers(2, worker_error=False, server_error=False).squeezes[0]
+    with pytest.raises(ValueError, match="holds errors, but neither worker_error nor server_error is on"):
+        without.load_state_dict({**state, "velocities": {}})
+
+
+# ---- files
+
+
+def test_save_replaces_and_keeps_permissions(tmp_path):
+    file = tmp_path / "state.pt"
+    ds_horovod.save({"a": torch.ones(3)}, file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~_umask()
+    file.chmod(0o640)
+    ds_horovod.save({"a": torch.zeros(3)}, str(file))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert torch.equal(torch.load(file, weights_only=True)["a"], torch.zeros(3))
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_save_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "state.pt"
+    ds_horovod.save(1, file)
+    with pytest.raises(Exception, match="pickle"):
+        ds_horovod.save([torch.ones(10**5), lambda: None], file)
+    assert torch.load(file) == 1 and os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_save_that_is_killed_leaves_the_old_file(tmp_path):
+    """In the middle of writing."""
+    file = tmp_path / "state.pt"
+    ds_horovod.save(1, file)
+    script = """
+        import os, signal, sys, torch, ds_horovod
+        class Bomb:
+            def __reduce__(self):
+                os.kill(os.getpid(), signal.SIGKILL)
+        ds_horovod.save([torch.ones(10**6), Bomb()], sys.argv[1])
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(file)], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert torch.load(file) == 1

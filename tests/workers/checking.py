@@ -80,7 +80,7 @@ def flat(tensors):
 
 def everyones(values):
     """Rank by rank."""
-    return hvd.allgather(values.unsqueeze(0).contiguous())
+    return hvd.allgather(values.unsqueeze(0).contiguous(), name="everyones")
 
 
 def assert_identical(model):
@@ -108,8 +108,8 @@ def errors_in_gradient_order(optimizer):
     return result
 
 
-def main():
-    hvd.init()
+def main(process_sets=None):
+    hvd.init(process_sets=process_sets)
     torch.set_num_threads(1)
     results = {}
     for function in CHECKS:

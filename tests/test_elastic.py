@@ -1,0 +1,29 @@
+"""Elastic Horovod, really: ranks come, go, and are killed, and the law holds."""
+
+import sys
+
+import pytest
+from horovod_jobs import ROOT, run_job
+
+WORKERS = ROOT / "tests" / "workers"
+
+
+def elastic(tmp_path, script, *arguments, timeout=300):
+    """Runs a script of an elastic job, whose hosts stand in a file that it may rewrite."""
+    hosts, discovery = tmp_path / "hosts", tmp_path / "discover.sh"
+    hosts.write_text("localhost:2\n")
+    discovery.write_text(f"#!/bin/sh\ncat {hosts}\n")
+    discovery.chmod(0o755)
+    # One interface: of one host Horovod would look for those that hosts share, and wait for another host.
+    options = ["-np", "2", "--min-np", "1", "--max-np", "3", "--network-interface", "lo"]
+    return run_job(
+        [*options, "--host-discovery-script", str(discovery), sys.executable, str(script), str(hosts), *arguments], timeout
+    )
+
+
+@pytest.mark.parametrize("options", [(), ("momentum",)], ids=["plain", "momentum"])
+def test_ranks_come_and_go(options, tmp_path):
+    code, output = elastic(tmp_path, WORKERS / "elastic.py", *options)
+    assert code == 0 and output.count("elastic: ok") == 2, output[-8000:]
+    for stage, ranks in enumerate([2, 3, 2, 1, 2]):
+        assert output.count(f"stage {stage}: rank 0 of {ranks}") == 1, output[-8000:]

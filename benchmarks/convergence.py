@@ -99,8 +99,6 @@ RECIPES: dict[str, Recipe] = {
     "topk-1%-momentum": _squeeze(TopK(0.01), momentum=True),
     "topk-5%-momentum": _squeeze(TopK(0.05), momentum=True),
     "sign-4.5%-momentum": _squeeze(TopK(0.045, values="sign"), momentum=True),
-    "sign-4.5%-momentum-decay-0.98": _squeeze(TopK(0.045, values="sign"), momentum=True, error_decay=0.98),
-    "sign-4.5%-momentum-decay-0.95": _squeeze(TopK(0.045, values="sign"), momentum=True, error_decay=0.95),
     "sign-4.5%-momentum-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=True, lr=1.67),
     "sign-18%-momentum-lr-3": _squeeze(TopK(0.18, values="sign"), momentum=True, lr=3.0),
     "sign-18%-momentum": _squeeze(TopK(0.18, values="sign"), momentum=True),

@@ -23,8 +23,8 @@ TITLES = {
 
 
 def timed_method(recipe: str) -> str:
-    """What `methods.py` calls a recipe: momentum, decay and compensation change nothing that takes time."""
-    return re.sub(r"-(momentum|(decay|lr)-[\d.]+|uncompensated|warm)(?=-|$)", "", recipe)
+    """What `methods.py` calls a recipe: momentum and compensation change nothing that takes time."""
+    return re.sub(r"-(momentum|lr-[\d.]+|uncompensated|warm)(?=-|$)", "", recipe)
 
 
 def groups(content: Json) -> dict[tuple[int, str], list[Json]]:

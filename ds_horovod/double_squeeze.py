@@ -58,9 +58,6 @@ class DoubleSqueeze:
         is largest of error + u, and forgets the velocity u of what it has sent. In [0, 1); 0: none. It needs a compressor
         that leaves elements out (`Compressor.sparse`): one that sends every element would clear u in every step. Parameters
         that are not compressed, and all of them on one rank, have plain momentum.
-    error_decay
-        By which each worker multiplies its error in each step, over 0 and at most 1, so that what has waited long counts
-        less. 1, the default, loses nothing, and in docs/results.md less than that gained nothing.
     warmup_steps
         First steps in which everything travels uncompressed.
     max_norm
@@ -100,7 +97,6 @@ class DoubleSqueeze:
         worker_error: bool = True,
         server_error: bool = True,
         momentum: float = 0.0,
-        error_decay: float = 1.0,
         warmup_steps: int = 0,
         max_norm: float | None = None,
         grad_scaler: Any = None,
@@ -127,8 +123,6 @@ class DoubleSqueeze:
             raise TypeError(f"DoubleSqueeze: grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
         if momentum and not worker_error:
             raise ValueError(f"DoubleSqueeze: momentum={momentum!r} needs worker_error=True, got {worker_error!r}")
-        if not 0 < error_decay <= 1:
-            raise ValueError(f"DoubleSqueeze: error_decay must be over 0 and at most 1, got {error_decay!r}")
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"DoubleSqueeze: warmup_steps must be a whole number, 0 or more; got {warmup_steps!r}")
         if max_norm is not None and not 0 < max_norm < math.inf:
@@ -145,7 +139,6 @@ class DoubleSqueeze:
         self.worker_error = bool(worker_error)
         self.server_error = bool(server_error)
         self.momentum = float(momentum)
-        self.error_decay = float(error_decay)
         self.warmup_steps = warmup_steps
         self.max_norm = max_norm
         self.grad_scaler = grad_scaler
@@ -169,7 +162,7 @@ class DoubleSqueeze:
         return (
             f"DoubleSqueeze({self.compressor!r}, server_compressor={self.server_compressor!r}, "
             f"worker_error={self.worker_error}, server_error={self.server_error}, momentum={self.momentum}, "
-            f"error_decay={self.error_decay}, warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, "
+            f"warmup_steps={self.warmup_steps}, max_norm={self.max_norm}, "
             f"grad_scaler={self.grad_scaler!r}, lr_aware={self.lr_aware}, server={self.server}, "
             f"bucket_cap_mb={self.bucket_cap_mb}, min_numel={self.min_numel}, choose={self.choose!r})"
         )
@@ -358,7 +351,6 @@ class DoubleSqueeze:
             weight,
             self.momentum,
             self.warmup_steps,
-            self.error_decay,
             self.max_norm,
         )
 

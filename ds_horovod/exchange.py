@@ -84,8 +84,6 @@ class Options:
     """Of the workers' momentum correction."""
     warmup_steps: int = 0
     """First steps in which everything travels uncompressed."""
-    error_decay: float = 1.0
-    """Of the workers' errors in each step."""
     max_norm: float | None = None
     """To which each worker clips its gradients before it compresses them."""
 
@@ -132,7 +130,6 @@ class Exchange(Generic[Handle]):
             error=torch.zeros(numel, device=self.device) if options.worker_error else None,
             velocity=torch.zeros(numel, device=self.device) if options.momentum else None,
             momentum=options.momentum,
-            decay=options.error_decay,
             bucket=self.bucket,
             sender=2 * transport.rank,
         )

@@ -15,7 +15,7 @@ class Memory:
     A pass of the worker, with a coefficient of momentum correction m (Lin et al. 2018, arXiv 1712.01887; zero: none)::
 
         u = m * u + g
-        v = d * e + u               d: error decay, 1: none
+        v = e + u
         payload = Q[v]
         e = v - Q[v]
         u = 0 where v was sent      factor masking, for compressors that leave elements out
@@ -34,8 +34,6 @@ class Memory:
     where the reply is not finite."""
     momentum: float = 0.0
     """m: in [0, 1)."""
-    decay: float = 1.0
-    """d: in (0, 1]. A server's is 1."""
     bucket: int = 0
     """Index of the bucket."""
     sender: int = 0

@@ -430,7 +430,6 @@ class Session(Generic[Handle]):
             "server": self.transport.server,
             "weight": self.options.weight,
             "momentum": self.options.momentum,
-            "error_decay": self.options.error_decay,
             "warmup_steps": self.options.warmup_steps,
             "max_norm": self.options.max_norm,
             "min_numel": self.selection.min_numel,

@@ -74,14 +74,11 @@ class Group:
         return [gathered(self.layout, exchange.velocity) for exchange in self.simulation.exchanges]
 
     def given(self, gradients):
-        """What the workers are about to add: gradients, or what momentum makes of them, less what decays of the errors."""
+        """What the workers are about to add: gradients, or what momentum makes of them."""
         gradients = [torch.cat(worker).double() for worker in gradients]
         momentum = self.simulation.exchanges[0].options.momentum
         if momentum:
             gradients = [momentum * u.double() + g for u, g in zip(self.velocities(), gradients, strict=True)]
-        decay = self.simulation.exchanges[0].options.error_decay
-        if decay < 1:
-            gradients = [g - (1 - decay) * e.double() for g, e in zip(gradients, self.worker_errors(), strict=True)]
         return self.weight * sum(gradients)
 
 
@@ -322,27 +319,6 @@ def test_what_is_not_finite_leaves_the_velocity_alone(pair, server):
     for after, was in zip(waits(), before, strict=True):
         torch.testing.assert_close(after[lost], was[lost], rtol=0, atol=1e-5)
     assert check_law(group, group.gradients(g)).isfinite().all()
-
-
-@every_pair
-def test_errors_that_decay_lose_no_more_than_that(pair):
-    g = generator(11)
-    group = Group(pair, 3, error_decay=0.75)
-    for _ in range(5):
-        check_law(group, group.gradients(g))
-
-
-@every_sparse_pair
-def test_a_step_of_decay_and_momentum_is_taken_back(pair):
-    g = generator(12)
-    group = Group(pair, 2, error_decay=0.5, momentum=0.9)
-    check_law(group, group.gradients(g))
-    before = group.worker_errors()[0].double() + 0.9 * group.velocities()[0].double() / 0.5
-    gradients = group.gradients(g)
-    gradients[1][1][333] = math.inf
-    lost = ~group.step(gradients).isfinite()
-    after = group.worker_errors()[0].double() + 0.9 * group.velocities()[0].double() / 0.5
-    torch.testing.assert_close(after[lost], before[lost], rtol=0, atol=1e-5)  # half of it counts in the next step
 
 
 # ---- the first steps uncompressed

@@ -56,17 +56,17 @@ def kept(memory):
     return {name: x for name, x in (("error", memory.error), ("velocity", memory.velocity)) if x is not None}
 
 
-def memory_of(codec, error, decay=1.0, **more):
+def memory_of(codec, error, **more):
     """With a velocity too, where the compressor can have one."""
-    memory = Memory(None if error is None else error.clone(), decay=decay, step=5, bucket=2, sender=3, first_shard=1, **more)
+    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1, **more)
     if codec.sparse and error is not None:
         memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     return memory
 
 
-def passes(codec, layout, gradients, error, dtype, decay=1.0):
+def passes(codec, layout, gradients, error, dtype):
     """Encodes, decodes and accumulates; all that comes of it."""
-    memory = memory_of(codec, error, decay)
+    memory = memory_of(codec, error)
     if gradients is None:
         memory.velocity = None
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
@@ -85,7 +85,7 @@ def test_sizes(codec, sizes, emulated):
     for dtype, shards in zip(DTYPES, (1, 3, 2), strict=True):  # a small tensor leaves two of three shards without elements
         layout = pack(sizes, codec.block, shards)
         gradients, error = make("normal", sizes, dtype), spread(layout, make("normal", sizes, torch.float32, seed=1))
-        compare(f"{dtype}, {shards} shards", lambda: passes(codec, layout, gradients, error, dtype, 0.9))  # noqa: B023
+        compare(f"{dtype}, {shards} shards", lambda: passes(codec, layout, gradients, error, dtype))  # noqa: B023
 
 
 @pytest.mark.parametrize("content", CONTENTS)
@@ -181,9 +181,9 @@ def test_no_compression(emulated):
     for content, dtype in itertools.product(("normal", "not finite"), DTYPES):
         gradients = make(content, layout.numels, dtype)
         error = spread(layout, make("normal", layout.numels, torch.float32, seed=1))
-        expected = passes(codec, layout, gradients, error, dtype, 0.9)
+        expected = passes(codec, layout, gradients, error, dtype)
         with on_cuda():
-            actual = passes(codec, layout, gradients, error, dtype, 0.9)
+            actual = passes(codec, layout, gradients, error, dtype)
         for name in expected:
             a, e = (r[name].view(torch.float32) if name == "payload" else r[name].float() for r in (actual, expected))
             torch.testing.assert_close(a, e.where(e.isfinite(), torch.nan), equal_nan=True)

@@ -87,7 +87,7 @@ def test_exchange(pair, bad, emulated):
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
 @pytest.mark.parametrize("pusher", [Ternary(96), Quantize(2, 64), RandomK(0.1), TopK(0.05)], ids=str)
 def test_exchange_with_momentum(pusher, bad, emulated):
-    compare(lambda: simulated(pusher, Quantize(4), False, torch.bfloat16, bad, momentum=0.9, error_decay=0.95))
+    compare(lambda: simulated(pusher, Quantize(4), False, torch.bfloat16, bad, momentum=0.9))
 
 
 def test_warm_up(emulated):

@@ -26,7 +26,7 @@ def sources(memory, shards):
 
 def steps(codec, layout, values, looked=None, momentum=False):
     """Encodes step after step with one memory; all that comes of it. `looked` receives the sources."""
-    memory = Memory(torch.zeros(layout.numel), decay=0.9)
+    memory = Memory(torch.zeros(layout.numel))
     if momentum:
         memory.velocity, memory.momentum = torch.zeros(layout.numel), 0.5
     results = {}

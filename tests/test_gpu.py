@@ -39,7 +39,7 @@ def compare(what, run):
 def passes(device, codec, layout, gradients, error, dtype, steps=1):
     """Encodes step after step, decodes, adds up two workers, serves; all that comes of it."""
     gradients = [g.to(device) for g in gradients]
-    memory = Memory(None if error is None else error.to(device, copy=True), decay=0.9, bucket=2, sender=3, first_shard=1)
+    memory = Memory(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
     if codec.sparse and error is not None:
         memory.velocity, memory.momentum = memory.error.roll(1) * 0.5, 0.9
     results = {}

@@ -88,9 +88,9 @@ def oracle():
     return mock.patch.object(kernels, "for_device", return_value=reference)
 
 
-def passes(codec, layout, gradients, error, dtype, decay=1.0):
+def passes(codec, layout, gradients, error, dtype):
     """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
-    memory = Memory(None if error is None else error.clone(), decay=decay, step=5, bucket=2, sender=3, first_shard=1)
+    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
     if codec.sparse and gradients is not None and error is not None:
         memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
@@ -104,12 +104,12 @@ def passes(codec, layout, gradients, error, dtype, decay=1.0):
     return results | {name: kept for name, kept in (("error", memory.error), ("velocity", memory.velocity)) if kept is not None}
 
 
-def check_passes(codec, layout, gradients, error, dtype, what, decay=1.0):
+def check_passes(codec, layout, gradients, error, dtype, what):
     with oracle():
-        expected = passes(codec, layout, gradients, error, dtype, decay)
+        expected = passes(codec, layout, gradients, error, dtype)
     for instruction_set in _cpu.instruction_sets():
         with on(instruction_set):
-            native = passes(codec, layout, gradients, error, dtype, decay)
+            native = passes(codec, layout, gradients, error, dtype)
         for name, values in expected.items():
             assert_same_bits(native[name], values, f"{name} ({what}, {instruction_set}):")
 
@@ -139,7 +139,6 @@ def test_contents(codec, content):
         gradients = make(content, sizes, dtype)
         error = spread(layout, make(content, sizes, torch.float32, seed=1))
         check_passes(codec, layout, gradients, error, dtype, f"{dtype}, {shards} shards, both")
-        check_passes(codec, layout, gradients, error, dtype, f"{dtype}, {shards} shards, decaying", decay=0.9)
         check_passes(codec, layout, gradients, None, dtype, f"{dtype}, {shards} shards, no error")
         check_passes(codec, layout, None, error, dtype, f"{dtype}, {shards} shards, error alone")
 
@@ -449,7 +448,7 @@ def test_cast_keeps_a_velocity(dtype, instruction_set):
         error, velocity = (spread(layout, make("normal", [5, 700], torch.float32, seed)) for seed in (1, 2))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
         with context:
-            codec.encode(layout, gradients, Memory(error, velocity, momentum=0.9, decay=0.5), payload)
+            codec.encode(layout, gradients, Memory(error, velocity, momentum=0.9), payload)
         results.append((payload, error, velocity))
     for own, other in zip(*results, strict=True):
         assert_same_bits(own, other)

@@ -138,12 +138,6 @@ def test_momentum_needs_an_error():
         DoubleSqueeze(TopK(), momentum=0.9, worker_error=False)
 
 
-@pytest.mark.parametrize("decay", [0, -1.0, 1.1, math.nan])
-def test_error_decay(decay):
-    with pytest.raises(ValueError, match=f"error_decay must be over 0 and at most 1, got {decay}"):
-        DoubleSqueeze(error_decay=decay)
-
-
 @pytest.mark.parametrize("steps", [-1, 1.5, None])
 def test_warmup_steps(steps):
     with pytest.raises(ValueError, match=f"warmup_steps must be a whole number, 0 or more; got {steps}"):
@@ -281,7 +275,7 @@ def test_repr_of_double_squeeze_names_every_option():
     text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
-        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, error_decay=1.0, "
+        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, "
         "warmup_steps=0, max_norm=None, grad_scaler=None, lr_aware=False, server=3, bucket_cap_mb=None, min_numel=4096, "
         "choose=None)"
     )

@@ -10,27 +10,27 @@
 
 namespace {
 
-// What v is made of, from some element on: gradient, decaying error and velocity; or the error alone.
+// What v is made of, from some element on: gradient, error and velocity; or the error alone.
 template <class G>
 struct Terms {
     const G* g;
     float *e, *u;
-    float momentum, decay;
+    float momentum;
 
     F8 eight(int64_t i, F8& velocity) const {
         F8 v = g ? load(g + i) : load(e + i);
         if (u) v = velocity = add(mul(splat(momentum), load(u + i)), v);
-        return g && e ? add(v, mul(splat(decay), load(e + i))) : v;
+        return g && e ? add(v, load(e + i)) : v;
     }
     float one(int64_t i, float& velocity) const {
         float v = g ? to_float(g[i]) : e[i];
         if (u) v = velocity = momentum * u[i] + v;
-        return g && e ? v + decay * e[i] : v;
+        return g && e ? v + e[i] : v;
     }
     // What error and velocity were before v and the new velocity took their places, up to rounding.
     void take_back(int64_t i) const {
         const float own = to_float(g[i]);
-        e[i] = (e[i] - (u ? u[i] : own)) / decay;
+        e[i] -= u ? u[i] : own;
         if (u) u[i] = (u[i] - own) / momentum;
     }
 };
@@ -39,7 +39,7 @@ template <class G>
 Terms<G> terms_at(Tensors gradients, const Memory& memory, int64_t tensor, int64_t first, int64_t position) {
     return {gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[tensor]) + first,
             memory.error ? memory.error + position : nullptr, memory.velocity ? memory.velocity + position : nullptr,
-            memory.momentum, memory.decay};
+            memory.momentum};
 }
 
 // eight(i, v, velocity) where eight values stand together and are finite, one(i, v, velocity) or not_finite(i) elsewhere.

@@ -73,7 +73,7 @@ struct RandomKHeader {
 struct Memory {
     float* error;
     float* velocity;
-    float momentum, decay;
+    float momentum;
     uint32_t bucket, sender, first_shard, step;
 
     Memory from(int64_t position) const {

@@ -147,10 +147,10 @@ OneBit one_bit(int64_t block, const std::string& scale, const std::string& granu
 
 using Addresses = std::vector<uintptr_t>;
 
-Memory memory_of(uintptr_t error, uintptr_t velocity, float momentum, float decay, uint32_t bucket, uint32_t sender,
+Memory memory_of(uintptr_t error, uintptr_t velocity, float momentum, uint32_t bucket, uint32_t sender,
                  uint32_t first_shard, uint32_t step) {
     require(!velocity || error, "a velocity needs an error");
-    return {at<float>(error), at<float>(velocity), momentum, decay, bucket, sender, first_shard, step};
+    return {at<float>(error), at<float>(velocity), momentum, bucket, sender, first_shard, step};
 }
 
 // The passes of a codec, as functions called NAME_encode and so on.

@@ -72,17 +72,16 @@ inline float stage_rows(int64_t count, float* staged, uint8_t* bits, const LoadR
     return sum.finish();
 }
 
-// v = gradient + decay * error of a block, or one of the two alone, where the other is missing (null).
+// v = gradient + error of a block, or one of the two alone, where the other is missing (null).
 template <bool L2, class G>
-inline float stage(const G* g, const float* e, float decay, int64_t count, float* staged, uint8_t* bits) {
-    const F8 d = splat(decay);
+inline float stage(const G* g, const float* e, int64_t count, float* staged, uint8_t* bits) {
     if (g && e)
         return stage_rows<L2>(
             count, staged, bits,
             [&](int64_t i, F8* v) {
-                for (int q = 0; q < 4; q++) v[q] = add(load(g + i + 8 * q), mul(d, load(e + i + 8 * q)));
+                for (int q = 0; q < 4; q++) v[q] = add(load(g + i + 8 * q), load(e + i + 8 * q));
             },
-            [&](int64_t i) { return to_float(g[i]) + decay * e[i]; });
+            [&](int64_t i) { return to_float(g[i]) + e[i]; });
     if (g)
         return stage_rows<L2>(
             count, staged, bits, [&](int64_t i, F8* v) { for (int q = 0; q < 4; q++) v[q] = load(g + i + 8 * q); },
@@ -93,8 +92,8 @@ inline float stage(const G* g, const float* e, float decay, int64_t count, float
 }
 
 template <class G>
-inline float stage(bool l2, const G* g, const float* e, float decay, int64_t count, float* staged, uint8_t* bits) {
-    return l2 ? stage<true>(g, e, decay, count, staged, bits) : stage<false>(g, e, decay, count, staged, bits);
+inline float stage(bool l2, const G* g, const float* e, int64_t count, float* staged, uint8_t* bits) {
+    return l2 ? stage<true>(g, e, count, staged, bits) : stage<false>(g, e, count, staged, bits);
 }
 
 inline float scale_of(float sum, int64_t count, bool l2) {
@@ -134,7 +133,7 @@ void encode_blocks(const OneBit& codec, const Layout& layout, const void* const*
             uint8_t *chunk = chunks + shard * codec.chunk_bytes, *bits = chunk + codec.bits_at + inside / 8;
             const G* g = gradients ? static_cast<const G*>(gradients[i]) + first : nullptr;
             float* e = memory.error ? memory.error + position : nullptr;
-            float scale = scale_of(stage(codec.l2, g, e, memory.decay, count, staged.data(), bits), count, codec.l2);
+            float scale = scale_of(stage(codec.l2, g, e, count, staged.data(), bits), count, codec.l2);
             settle(scale, staged.data(), e, bits, count, g ? g + count : nullptr);
             *scale_in(chunk, inside / codec.block) = scale;
         });
@@ -156,7 +155,7 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
     auto start = [&](int t) { return total * t / threads; };  // as for_blocks divides them
     auto stage_block = [&](int64_t i, int64_t first, int64_t count, int64_t position, float* staged, uint8_t* bits) {
         return stage(codec.l2, gradients ? static_cast<const G*>(gradients[i]) + first : nullptr,
-                     memory.error ? memory.error + position : nullptr, memory.decay, count, staged, bits);
+                     memory.error ? memory.error + position : nullptr, count, staged, bits);
     };
     parallel(threads, [&](int t) {
         std::vector<float> staged(size_t(codec.block));

@@ -102,22 +102,22 @@ struct QuantizedBlock {
     std::vector<float> values, velocities;
     std::vector<uint8_t> codes;
 
-    // v = gradient + decay * error, with momentum * velocity; or the error alone.
+    // v = gradient + error, with momentum * velocity; or the error alone.
     template <class G> void stage(const G* g, const Memory& kept, int64_t count) {
-        const float *e = kept.error, *u = kept.velocity, momentum = kept.momentum, decay = kept.decay;
+        const float *e = kept.error, *u = kept.velocity, momentum = kept.momentum;
         float *v = values.data(), *w = velocities.data();
-        const F8 m = splat(momentum), d = splat(decay);
+        const F8 m = splat(momentum);
         int64_t i = 0;
         for (; i + 8 <= count; i += 8) {
             F8 x = g ? load(g + i) : load(e + i);
             if (u) store(w + i, x = add(mul(m, load(u + i)), x));
-            if (g && e) x = add(x, mul(d, load(e + i)));
+            if (g && e) x = add(x, load(e + i));
             store(v + i, x);
         }
         for (; i < count; i++) {
             float x = g ? to_float(g[i]) : e[i];
             if (u) w[i] = x = momentum * u[i] + x;
-            if (g && e) x = x + decay * e[i];
+            if (g && e) x = x + e[i];
             v[i] = x;
         }
         std::fill(v + count, v + codec.block, 0.f);

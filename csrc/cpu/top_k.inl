@@ -184,7 +184,7 @@ public:
     ShardEncoder(const TopK& codec, const Layout& layout, const void* const* gradients, Memory memory, uint8_t* chunks,
                  int threads)
         : codec_(codec), layout_(layout), gradients_(gradients), error_(memory.error), velocity_(memory.velocity),
-          momentum_(memory.momentum), decay_(memory.decay), chunks_(chunks), threads_(threads), barrier_(threads),
+          momentum_(memory.momentum), chunks_(chunks), threads_(threads), barrier_(threads),
           finders_(size_t(threads)) {}
 
     // All threads call it, shard after shard.
@@ -226,7 +226,7 @@ private:
         if (!gradients_) return error_[position];
         float v = to_float(static_cast<const G*>(gradients_[tensor])[element]);
         if (velocity_) v = momentum_ * velocity_[position] + v;
-        return v + (error_ ? decay_ * error_[position] : 0.f);
+        return v + (error_ ? error_[position] : 0.f);
     }
     template <class Test> bool any(const Test& test) const {
         for (const Finder& f : finders_) if (test(f)) return true;
@@ -290,7 +290,7 @@ private:
 
     template <bool HasGradient, bool HasError, bool HasVelocity>
     void collect_tile(Finder& mine, const G* g, float* e, float* u, int64_t count, uint32_t in_shard) {
-        const F8 zero = splat(0), momentum = splat(momentum_), decay = splat(decay_);
+        const F8 zero = splat(0), momentum = splat(momentum_);
         uint16_t found[kTile + 4];
         int64_t n = 0, i = 0;
         for (; i + 64 <= count; i += 64) {
@@ -303,7 +303,7 @@ private:
             for (int q = 0; q < 8; q++) {
                 if (HasGradient) v[q] = load(g + i + 8 * q);
                 if (HasVelocity) v[q] = w[q] = add(mul(momentum, load(u + i + 8 * q)), v[q]);
-                if (HasGradient) v[q] = add(v[q], HasError ? mul(decay, load(e + i + 8 * q)) : zero);
+                if (HasGradient) v[q] = add(v[q], HasError ? load(e + i + 8 * q) : zero);
                 else v[q] = load(e + i + 8 * q);
                 largest = larger_magnitude(largest, v[q]);
             }
@@ -356,7 +356,7 @@ private:
         for (int64_t j = from; j < to; j++) {
             float w = HasGradient ? to_float(g[j]) : 0.f;
             if (HasVelocity) w = momentum_ * u[j] + w;
-            const float v = HasGradient ? w + (HasError ? decay_ * e[j] : 0.f) : e[j];
+            const float v = HasGradient ? w + (HasError ? e[j] : 0.f) : e[j];
             if (magnitude(v) > kMaxFinite) {
                 // One more than can be sent is enough to know.
                 if (int64_t(mine.not_finite.size()) <= codec_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
@@ -539,7 +539,7 @@ private:
     const Layout& layout_;
     const void* const* gradients_;
     float *error_, *velocity_;
-    const float momentum_, decay_;
+    const float momentum_;
     uint8_t* chunks_;
     const int threads_;
     Barrier barrier_;

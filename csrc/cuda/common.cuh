@@ -47,7 +47,7 @@ struct Memory {
     float* error;
     float* velocity;
     const float* total;  // of a server: what is encoded instead of the error, which stays where the reply is not finite
-    float momentum, decay;
+    float momentum;
 };
 
 // ---- one element
@@ -173,17 +173,17 @@ template <class Call> __device__ inline void with_element_type(i64 dtype, const 
     }
 }
 
-// What v is made of, from some element on: gradient, decaying error and velocity; or a server's total, or its error, alone.
+// What v is made of, from some element on: gradient, error and velocity; or a server's total, or its error, alone.
 template <class G> struct Terms {
     const G* g;
     const float *e, *u;
-    float momentum, decay;
+    float momentum;
 
     // v, and what becomes of the velocity
     __device__ float value(i64 i, float& velocity) const {
         float v = g ? to_float(g[i]) : e[i];
         if (u) v = velocity = momentum * u[i] + v;
-        return g && e ? v + decay * e[i] : v;
+        return g && e ? v + e[i] : v;
     }
     __device__ void values(i64 i, int count, float v[4], float velocity[4]) const {
         float x[4];
@@ -197,7 +197,7 @@ template <class G> struct Terms {
         if (g && e) {
             load(e + i, count, x);
 #pragma unroll
-            for (int j = 0; j < 4; j++) v[j] = v[j] + decay * x[j];
+            for (int j = 0; j < 4; j++) v[j] = v[j] + x[j];
         }
     }
 };
@@ -210,7 +210,7 @@ template <class G>
 __device__ inline Terms<G> terms_at(G* type, const Tensors& gradients, const Memory& memory, const Place& place, i64 position) {
     const float* e = memory.total ? memory.total : memory.error;
     return {gradients.dtype == kNone ? nullptr : element(type, gradients, place), e ? e + position : nullptr,
-            memory.velocity ? memory.velocity + position : nullptr, memory.momentum, memory.decay};
+            memory.velocity ? memory.velocity + position : nullptr, memory.momentum};
 }
 
 // ---- sums in the fixed order of csrc/cpu/sums.h
@@ -263,7 +263,7 @@ struct OrderedSum {
 // Where the reply is not finite, what a worker has sent is lost through no fault of its own. `lost` has a bit for each element
 // of the flat array, a word for each row.
 
-// A row's e = (e' + Q[v] - g) / decay where its bits say so; of a velocity that was sent, and is forgotten, the error keeps
+// A row's e = e' + Q[v] - g where its bits say so; of a velocity that was sent, and is forgotten, the error keeps
 // what waits: e + m u. sent(j) is the row's value j. Elements that were not finite were never taken.
 template <class G, class Sent>
 __device__ inline void take_back(G* type, const Row& row, u32 lost, const Tensors& gradients, const Memory& memory, bool sparse,
@@ -276,10 +276,10 @@ __device__ inline void take_back(G* type, const Row& row, u32 lost, const Tensor
         if (!is_finite(own) || !is_finite(gradient)) continue;
         if (memory.velocity && !(sparse && own != 0.f)) {
             float& u = memory.velocity[row.position + j];
-            e = (e + own - u) / memory.decay;
+            e = e + own - u;
             u = (u - gradient) / memory.momentum;
         } else {
-            e = (e + own - gradient) / memory.decay;
+            e = e + own - gradient;
         }
     }
 }

@@ -272,7 +272,7 @@ random_k_settle(RandomK codec, Layout layout, Tensors gradients, Memory memory, 
         for (int j = 0; j < at.count; j++) {
             if (odd[at.position / 4] >> j & 1) continue;
             const float own = to_float(g[j]);
-            e[j] = (e[j] - (u ? u[j] : own)) / memory.decay;
+            e[j] -= u ? u[j] : own;
             if (u) u[j] = (u[j] - own) / memory.momentum;
         }
     });

@@ -87,7 +87,6 @@ class Compressor(ABC):
                 here = slice(start, start + piece.numel)
                 value = torch.zeros(piece.numel, device=chunks.device) if memory.error is None else memory.error[here].clone()
                 if gradients is not None:
-                    value *= memory.decay
                     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                     if memory.velocity is not None:
                         velocities.append(memory.velocity[here] * memory.momentum + gradient)
@@ -201,7 +200,7 @@ class Compressor(ABC):
         return (flat.view(-1, 8) * powers).sum(1).to(torch.uint8).view(torch.int32)
 
     def take_back(self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory) -> None:
-        """Takes a pass back from the memory where the reply is not finite: e = (e' + Q[v] - g) / decay, up to rounding.
+        """Takes a pass back from the memory where the reply is not finite: e = e' + Q[v] - g, up to rounding.
 
         What was sent there is lost through no fault of the worker's, and an overflow step, which a GradScaler skips, must
         not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. Elements
@@ -224,15 +223,15 @@ class Compressor(ABC):
             where = bits[here] & own.isfinite() & g.isfinite()
             e = memory.error[here]
             if memory.velocity is None:
-                e[where] = (e[where] + own[where] - g[where]) / memory.decay
+                e[where] = e[where] + own[where] - g[where]
                 continue
             u = memory.velocity[here]
             forgotten = (own != 0) if self.sparse else torch.zeros_like(where)
             kept = where & ~forgotten
-            e[kept] = (e[kept] + own[kept] - u[kept]) / memory.decay
+            e[kept] = e[kept] + own[kept] - u[kept]
             u[kept] = (u[kept] - g[kept]) / memory.momentum
             gone = where & forgotten
-            e[gone] = (e[gone] + own[gone] - g[gone]) / memory.decay
+            e[gone] = e[gone] + own[gone] - g[gone]
 
     def _require_size(self, layout: Layout, chunks: Tensor) -> None:
         expected = layout.shards, self.chunk_nbytes(layout)

@@ -42,7 +42,6 @@ class NoCompression(FusedCompressor):
                     out.copy_(memory.error[here])
                 velocity = None
                 if gradients is not None:
-                    out *= memory.decay
                     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                     if memory.velocity is not None:
                         gradient = velocity = memory.velocity[here] * memory.momentum + gradient

@@ -109,7 +109,7 @@ def _flat(values: Tensor | None, numel: int) -> int:
 
 def _memory(memory: Memory, numel: int) -> _cpu.Memory:
     return _cpu.Memory(
-        _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.decay, memory.bucket, memory.sender,
+        _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.bucket, memory.sender,
         memory.first_shard, memory.step,
     )  # fmt: skip
 

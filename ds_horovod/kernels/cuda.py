@@ -41,7 +41,7 @@ _LAYOUT = struct(
     ("tensors", np.int64), ("shards", np.int64), ("shard_numel", np.int64),
 )  # fmt: skip
 _MEMORY = struct(
-    ("error", np.uint64), ("velocity", np.uint64), ("total", np.uint64), ("momentum", np.float32), ("decay", np.float32)
+    ("error", np.uint64), ("velocity", np.uint64), ("total", np.uint64), ("momentum", np.float32)
 )  # fmt: skip
 _PHILOX = struct(("key", np.uint32, (2,)), ("counter", np.uint32, (3,)))
 _ONE_BIT = struct(*((name, np.int64) for name in ("block", "l2", "granularity", "team", "bits_at", "chunk_bytes")))
@@ -221,7 +221,7 @@ class _Call:
         if memory.velocity is not None and (gradients is None or memory.error is None):
             raise ValueError("a velocity needs gradients and an error")
         flat = (self.flat(memory.error), self.flat(memory.velocity), self.flat(memory.total))
-        return by_value(_MEMORY, *flat, memory.momentum, memory.decay)
+        return by_value(_MEMORY, *flat, memory.momentum)
 
     def tensors(self, tensors: Sequence[Tensor] | None) -> _Argument:
         """The tensors of the layout; None: there are none."""

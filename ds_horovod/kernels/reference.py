@@ -46,7 +46,7 @@ def flush(x: Tensor) -> Tensor:
 def corrected(
     layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: Memory
 ) -> tuple[Tensor, Tensor | None]:
-    """v = decay * error + velocity of a piece, float32, and the velocity, None and the gradient where there is no momentum.
+    """v = error + velocity of a piece, float32, and the velocity, None and the gradient where there is no momentum.
 
     Gradients or the error may be missing. The memory is not changed.
     """
@@ -60,7 +60,7 @@ def corrected(
         gradient = velocity = flush(flush(flush(velocity) * torch.tensor(memory.momentum)) + flush(gradient))
     if error is None:
         return gradient.clone(), velocity
-    return flush(flush(gradient) + flush(torch.tensor(memory.decay) * flush(error))), velocity
+    return flush(flush(gradient) + flush(error)), velocity
 
 
 def of_piece(layout: Layout, shard: int, piece: Piece, flat: Tensor | None) -> Tensor | None:
@@ -465,7 +465,7 @@ def random_k_encode(
         else:
             header[3], values[0] = ALL_NOT_FINITE, torch.nan
             if gradients is not None:
-                rest = flush(flush(flush(v) - flush(u)) / torch.tensor(memory.decay))
+                rest = flush(flush(v) - flush(u))
                 u = flush(flush(u - flush(g)) / torch.tensor(memory.momentum))
         chunks[shard, :RANDOM_K_HEADER].view(torch.int32).copy_(torch.tensor(header))
         for kept, new in ((memory.error, rest), (memory.velocity, u)):

@@ -326,7 +326,7 @@ class DoubleSqueeze:
         session = self._tensor_sessions.get(name)
         if session is None:
             self._size, self._rank = transport.size, transport.rank
-            stand_in = torch.empty_like(tensor)
+            stand_in = torch.empty_like(tensor).requires_grad_()
             session = Session(f"{prefix}.{name}", [(name, stand_in)], options, Selection(1, None, min_dim=0), transport)
             if self._loaded is not None:
                 self._load_tensor(self._loaded, session)
@@ -438,6 +438,8 @@ class DoubleSqueeze:
         Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks, bit for bit. For one file that
         any number of ranks can load there is `full_state_dict`.
         """
+        for session in self._sessions:
+            session.put_back()
         return {
             "format": FORMAT,
             "size": self._size,

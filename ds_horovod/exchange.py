@@ -214,38 +214,33 @@ class Exchange(Generic[Handle]):
         if self.worker.velocity is not None and velocity is not None:
             self.worker.velocity.copy_(velocity / self.options.weight)
         self.worker.step = self.server.step = step
-        self.produced()
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        self.written()
 
     @property
     def _served(self) -> slice:
         start = self.server.first_shard * self.layout.shard_numel
         return slice(start, start + self.layout.shard_numel)
 
-    def rescale(self, errors: Sequence[float], velocity: float) -> None:
-        """Multiplies what is kept, between two steps, because gradients are in other units from now on.
+    def errors(self, tensor: int) -> list[Tensor]:
+        """Both errors of one tensor of the layout, as far as this rank has them: to read and to write between two steps."""
+        self.join()
+        start = self.layout.offsets[tensor]
+        parts = [] if self.worker.error is None else [self.worker.error[start : start + self.layout.numels[tensor]]]
+        if self.server.error is not None:
+            pieces = [piece for piece in self.layout.pieces[self.server.first_shard] if piece.tensor == tensor]
+            parts += [self.server.error[piece.offset : piece.offset + piece.numel] for piece in pieces]
+        return parts
 
-        Parameters
-        ----------
-        errors
-            Of both errors, for each tensor of the layout.
-        velocity
-            Of the velocity.
-        """
-        for memory, layout, first in ((self.worker, self.layout, 0), (self.server, self.shard, self.server.first_shard)):
-            if memory.error is None or layout is None:
-                continue
-            with self.beside() if memory is self.server else contextlib.nullcontext():
-                for shard, pieces in enumerate(layout.pieces):
-                    whole = self.layout.pieces[first + shard]
-                    for piece, of_whole in zip(pieces, whole, strict=True):
-                        if errors[of_whole.tensor] != 1.0:
-                            start = shard * layout.shard_numel + piece.offset
-                            memory.error[start : start + piece.numel] *= errors[of_whole.tensor]
-        if self.worker.velocity is not None and velocity != 1.0:
-            self.worker.velocity *= velocity
-        self.produced()  # the worker's, for the stream of the next worker pass
+    def velocities(self, tensor: int) -> list[Tensor]:
+        """Likewise of the velocity."""
+        start = self.layout.offsets[tensor]
+        return [] if self.worker.velocity is None else [self.worker.velocity[start : start + self.layout.numels[tensor]]]
+
+    def written(self) -> None:
+        """What is kept has been changed on the current stream: passes on other ones wait for it."""
+        self.produced()
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
 
     # ---- streams of a GPU: the worker pass runs on the stream that backward is on, all that follows on another one
 

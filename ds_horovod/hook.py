@@ -1,6 +1,6 @@
 """The seam with Horovod: the only file that touches its optimizer class.
 
-Stock Horovod gives ``compression.compress(tensor)`` no name, no parameter and no say in the collective. So four methods
+Stock Horovod gives ``compression.compress(tensor)`` no name, no parameter and no say in the collective. So five methods
 are extended, for a DoubleSqueeze only; every other compression runs through the original code.
 """
 
@@ -49,6 +49,7 @@ def install() -> None:
         ],
         "_DistributedOptimizer._allreduce_grad_async": ["self", "p"],
         "_DistributedOptimizer.synchronize": ["self"],
+        "_DistributedOptimizer.zero_grad": ["self"],
         "_DistributedAdasumOptimizer.__init__": [
             "self", "params", "named_parameters", "compression", "backward_passes_per_step",
         ],
@@ -65,6 +66,7 @@ def install() -> None:
     optimizer.__init__ = _init(optimizer.__init__)
     optimizer._allreduce_grad_async = _allreduce_grad_async(optimizer._allreduce_grad_async)
     optimizer.synchronize = _synchronize(optimizer.synchronize)
+    optimizer.zero_grad = _zero_grad(optimizer.zero_grad)
     adasum.__init__ = _refuse_adasum(adasum.__init__)
 
 
@@ -286,6 +288,20 @@ def _follow(self: Any) -> None:
         names = {p: name for name, p in self._double_squeeze_parameters}
         rates = {names[p]: float(group["lr"]) for group in self.param_groups for p in group["params"] if p in names}
     squeeze.follow(rates)
+
+
+def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def zero_grad(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As torch's: stock Horovod takes no ``set_to_none``."""
+        if getattr(self, "double_squeeze", None) is None:
+            return original(self, *args, **kwargs)
+        if self._handles:
+            original(self)  # raises
+        super(self.__class__, self).zero_grad(*args, **kwargs)
+        return None
+
+    return zero_grad
 
 
 def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:

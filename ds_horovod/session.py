@@ -137,6 +137,7 @@ class Session(Generic[Handle]):
         self.clips = options.max_norm is not None
         """Whether no gradient may leave before all are there."""
         self._names = {p: n for n, p in self.parameters}
+        self._aside: dict[Tensor, list[Tensor]] = {}  # what is kept of frozen parameters
         self._changes = 0  # of compressors
         self._gradients_met = 0
         self._met: list[Tensor] = []  # in this step, where they are to be clipped
@@ -169,6 +170,7 @@ class Session(Generic[Handle]):
         self._hold_errors = hold_errors
         self.sparse = frozenset(sparse)
         self.buckets = buckets
+        self._aside.clear()
         self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
 
     def covers(self, p: Tensor) -> bool:
@@ -201,6 +203,10 @@ class Session(Generic[Handle]):
             sparse = self.sparse | {self._names[p]}
             self.adopt(sparse, self.fill(sparse))
         if self.covers(p):
+            if not p.requires_grad and p not in self._aside:
+                self._put_aside(p)
+            elif p.requires_grad and p in self._aside:
+                self._put_back(p)
             return True
         if gradient.is_sparse:
             gradient = gradient._values()
@@ -224,6 +230,7 @@ class Session(Generic[Handle]):
             raise RuntimeError(
                 "DoubleSqueeze: gradients are under way; errors can be taken over between optimizer.step() and backward() alone"
             )
+        self.put_back()
         result = {}
         for bucket in self.buckets:
             error, velocity = bucket.exchange.owed()
@@ -277,9 +284,38 @@ class Session(Generic[Handle]):
 
     def rescale(self, change: Change) -> None:
         """Multiplies what is kept of each parameter, between two steps."""
+        self.put_back()
         for bucket in self.buckets:
-            errors = [change.scale * change.rates.get(name, 1.0) for name in bucket.names]
-            bucket.exchange.rescale(errors, velocity=change.scale)
+            for i, name in enumerate(bucket.names):
+                factor = change.scale * change.rates.get(name, 1.0)
+                for error in bucket.exchange.errors(i) if factor != 1.0 else ():
+                    error *= factor
+                for velocity in bucket.exchange.velocities(i) if change.scale != 1.0 else ():
+                    velocity *= change.scale
+            bucket.exchange.written()
+
+    def _put_aside(self, p: Tensor) -> None:
+        """What is kept of a parameter that is frozen now, and must not move, until it is trained again."""
+        kept = self._kept(p)
+        self._aside[p] = [part.clone() for part in kept]
+        for part in kept:
+            part.zero_()
+        self._bucket_of[p].exchange.written()
+
+    def _put_back(self, p: Tensor) -> None:
+        for part, was in zip(self._kept(p), self._aside.pop(p), strict=True):
+            part.copy_(was)
+        self._bucket_of[p].exchange.written()
+
+    def put_back(self) -> None:
+        """What is kept of frozen parameters lies with all the rest until the next step."""
+        for p in list(self._aside):
+            self._put_back(p)
+
+    def _kept(self, p: Tensor) -> list[Tensor]:
+        bucket = self._bucket_of[p]
+        i = next(i for i, q in enumerate(bucket.parameters) if q is p)
+        return bucket.exchange.errors(i) + bucket.exchange.velocities(i)
 
     def ready(self, p: Tensor) -> None:
         """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""

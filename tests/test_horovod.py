@@ -9,7 +9,7 @@ import pytest
 from horovod_jobs import ROOT, horovodrun, separate_ranks
 
 WORKERS = ROOT / "tests" / "workers"
-SCRIPTS = ["checks", "mixed", "life"]
+SCRIPTS = ["checks", "mixed", "life", "patterns"]
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def test_steps_are_taken_back_where_the_reply_is_lost(codec, emulated):
         gradients, bad = make("normal", sizes, torch.float16), make("not finite", sizes, torch.float32)
         replies, payload = (torch.zeros(2, c.chunk_nbytes(layout), dtype=torch.uint8) for c in (server, codec))
         server.encode(layout, bad, Memory(), replies)
-        memory = memory_of(codec, error, 0.9)
+        memory = memory_of(codec, error)
         codec.encode(layout, gradients, memory, payload)
         lost = server.lost(layout, replies)
         assert lost is not None

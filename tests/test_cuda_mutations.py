@@ -86,7 +86,7 @@ def mutated(fault):
 def whole_passes(codec, sizes, shards=2, content="normal"):
     layout = pack(sizes, codec.block, shards)
     gradients, error = make(content, sizes, torch.float32), spread(layout, make("normal", sizes, torch.float32, seed=1))
-    compare(f"{codec}", lambda: passes(codec, layout, gradients, error, torch.float32, 0.9))
+    compare(f"{codec}", lambda: passes(codec, layout, gradients, error, torch.float32))
 
 
 def run_one_bit():

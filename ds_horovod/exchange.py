@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from .compressors import Compressor, NoCompression
 from .layout import Layout
@@ -66,6 +67,9 @@ class Transport(Protocol[Handle]):
 
     def wait(self, handle: Handle) -> Tensor:
         """What arrived; to be called once for each handle, when `poll` says so."""
+
+    def waiting(self, seconds: float, names: Sequence[str]) -> None:
+        """Is told, every second or so, of collectives that have been awaited for long."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,16 @@ class Exchange(Generic[Handle]):
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
 
+    @contextlib.contextmanager
+    def counted(self, what: str) -> Iterator[None]:
+        """Adds the seconds inside to ``totals.{what}_seconds``, and shows them to a profiler, if one is on."""
+        start = time.perf_counter()
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # a range costs microseconds where nobody looks too
+        with record_function(f"{self.name}.{what}") if profiled else contextlib.nullcontext():
+            yield
+        seconds = getattr(self.totals, f"{what}_seconds") + time.perf_counter() - start
+        setattr(self.totals, f"{what}_seconds", seconds)
+
     # ---- streams of a GPU: the worker pass runs on the stream that backward is on, all that follows on another one
 
     def produced(self) -> None:
@@ -296,20 +310,24 @@ class Flight(Generic[Handle]):
         self._gradients: Sequence[Tensor] | None = gradients
         self._pulling = False
         self.landed = False
-        start = time.perf_counter()
         self._compressor, self._server_compressor = exchange.compressors()
         shards = exchange.layout.shards
         self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
-        # Kept until the reply is there, for take_back.
-        self._payload = exchange.lend(exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout)))
         self._reply: Tensor | None = None
-        self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
+        with exchange.counted("worker_pass"):
+            # Kept until the reply is there, for take_back.
+            self._payload = exchange.lend(exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout)))
+            self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
         exchange.worker.step += 1
-        exchange.totals.worker_pass_seconds += time.perf_counter() - start
         # Sizes under a name never change: Horovod keeps what it has agreed on for each.
         self._name = exchange.name + (".uncompressed" if self._compressor is _UNCOMPRESSED else "")
         self._handle = exchange.transport.push(self._payload, self._name + ".push")
         exchange.totals.bytes_sent += (shards - (exchange.transport.serves is not None)) * self._payload.shape[1]
+
+    @property
+    def awaited(self) -> str:
+        """The name of the collective that is under way."""
+        return self._name + (".pull" if self._pulling else ".push")
 
     def poll(self) -> bool:
         """Does what can be done without waiting. Returns whether the flight has landed."""
@@ -334,27 +352,25 @@ class Flight(Generic[Handle]):
     def _serve(self, pushed: Tensor) -> None:
         exchange, others = self._exchange, self._exchange.transport.size - 1
         if exchange.shard is not None:
-            start = time.perf_counter()
-            self._reply = exchange.zeros(self._reply_nbytes)
-            self._server_compressor.serve(
-                exchange.shard, pushed, self._compressor, exchange.options.weight, exchange.server, self._reply
-            )
+            with exchange.counted("server_pass"):
+                self._reply = exchange.zeros(self._reply_nbytes)
+                self._server_compressor.serve(
+                    exchange.shard, pushed, self._compressor, exchange.options.weight, exchange.server, self._reply
+                )
             exchange.server.step += 1
-            exchange.totals.server_pass_seconds += time.perf_counter() - start
             exchange.totals.bytes_received += others * self._payload.shape[1]
             exchange.totals.bytes_sent += others * self._reply_nbytes
         self._handle = exchange.transport.pull(self._reply, self._reply_nbytes, self._name + ".pull", exchange.device)
 
     def _land(self, replies: Tensor) -> None:
         exchange = self._exchange
-        start = time.perf_counter()
         if self._gradients is not None:
-            if exchange.worker.error is not None:
-                lost = self._server_compressor.lost(exchange.layout, replies)
-                if lost is not None:
-                    self._compressor.take_back(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
-            self._server_compressor.decode(exchange.layout, replies, self._gradients)
-        exchange.totals.decode_seconds += time.perf_counter() - start
+            with exchange.counted("decode"):
+                if exchange.worker.error is not None:
+                    lost = self._server_compressor.lost(exchange.layout, replies)
+                    if lost is not None:
+                        self._compressor.take_back(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
+                self._server_compressor.decode(exchange.layout, replies, self._gradients)
         own = exchange.transport.serves is not None
         exchange.totals.bytes_received += (exchange.layout.shards - own) * self._reply_nbytes
         self._gradients = None

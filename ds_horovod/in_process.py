@@ -92,6 +92,10 @@ class InProcessTransport:
             del self._mailbox.sent[key], self._mailbox.taken[key]
         return torch.stack(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
 
+    def waiting(self, seconds: float, names: Sequence[str]) -> None:
+        """Raises RuntimeError: in one process nobody will send while this worker waits."""
+        raise RuntimeError(f"rank {self.rank} would wait for ever for {', '.join(names)}")
+
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """This worker's alone: the others would have to run to give theirs, and `Workers` makes them all alike."""
         return [value]

@@ -402,11 +402,15 @@ class Session(Generic[Handle]):
         """
         start = time.perf_counter()
         passes = self.totals.pass_seconds
+        told = 0.0
         try:
             while self._journeys:
                 self.poll()
                 if self._journeys:
                     waited = time.perf_counter() - start
+                    if waited > told + 1.0:
+                        told = waited
+                        self.transport.waiting(waited, [journey.flight.awaited for journey in self._journeys])
                     time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
         except BaseException:
             self._journeys.clear()  # a collective has failed: there is nothing to wait for

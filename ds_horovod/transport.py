@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
+
+_log = logging.getLogger("ds_horovod")
 
 
 def require_horovod_for(devices: Iterable[torch.device]) -> None:
@@ -51,9 +55,12 @@ class HorovodTransport:
         self.server = server
         self.shards = self.size if server is None else 1
         # Horovod says then that a collective is done when the default stream has been told to wait for it.
-        self.stream_ordered = _is_set("HOROVOD_ENABLE_ASYNC_COMPLETION") or _is_set("HOROVOD_ENABLE_XLA_OPS")
+        self.stream_ordered = any(
+            _number(variable, 0) for variable in ("HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS")
+        )
         self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
         self._process_set = process_set
+        self._warnings = 0  # of the wait that goes on
         self._splits = None
         if server is not None:
             self._splits = torch.tensor([int(rank == server) for rank in ranks], dtype=torch.int32)
@@ -76,6 +83,30 @@ class HorovodTransport:
         tensor: Tensor = result[0] if isinstance(result, tuple) else result  # alltoall also returns the splits
         return tensor
 
+    def waiting(self, seconds: float, names: Sequence[str]) -> None:
+        """Warns of ranks that stall, and gives up, after the seconds that Horovod's own variables say.
+
+        Horovod's stall inspector does that with MPI; with Gloo it knows of no ranks that could be missing, and is silent.
+
+        Raises
+        ------
+        HorovodInternalError
+            After HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if that is set.
+        """
+        if _number("HOROVOD_STALL_CHECK_DISABLE", 0):
+            return
+        often, last = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60), _number("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0)
+        message = (
+            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(names)}: "
+            "another rank has not begun that, or cannot be reached"
+        )
+        if last and seconds > last:
+            raise HorovodInternalError(f"DoubleSqueeze: {message}")
+        warnings = int(seconds // max(1, often))
+        if warnings > self._warnings:
+            _log.warning("DoubleSqueeze: %s", message)
+        self._warnings = warnings
+
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Every rank's value, by rank. Blocks."""
         # hvd.allgather_object knows no process sets.
@@ -90,7 +121,7 @@ class HorovodTransport:
         return total
 
 
-def _is_set(variable: str) -> bool:
-    """As Horovod reads its variables: a whole number over zero, and what follows is ignored."""
+def _number(variable: str, default: int) -> int:
+    """As Horovod reads its variables: a whole number, and what follows is ignored."""
     digits = re.match(r"\s*\+?(\d+)", os.environ.get(variable, ""))
-    return digits is not None and int(digits[1]) > 0
+    return default if digits is None else int(digits[1])

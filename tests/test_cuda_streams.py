@@ -8,7 +8,7 @@ import torch
 
 from ds_horovod import DoubleSqueeze, OneBit, exchange
 from ds_horovod.in_process import InProcessTransport
-from ds_horovod.transport import _is_set, require_horovod_for
+from ds_horovod.transport import _number, require_horovod_for
 
 WORKERS = 2
 
@@ -131,7 +131,7 @@ def test_async_completion_is_read_as_horovod_reads_it(value, expected, monkeypat
     monkeypatch.delenv("HOROVOD_ENABLE_ASYNC_COMPLETION", raising=False)
     if value is not None:
         monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", value)
-    assert _is_set("HOROVOD_ENABLE_ASYNC_COMPLETION") is expected
+    assert (_number("HOROVOD_ENABLE_ASYNC_COMPLETION", 0) > 0) is expected
 
 
 def test_cuda_tensors_need_a_horovod_that_takes_them():

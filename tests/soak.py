@@ -1,0 +1,81 @@
+"""Kills a random rank of a job at a random moment, again and again: do all others end, and how?
+
+    python tests/soak.py --kills 200 --json FILE
+
+Ranks are processes that nobody watches over (`horovod_jobs.separate_ranks`), so that only Horovod's own errors end them. A job
+that has not ended a minute after the kill hangs. Its checkpoint, which rank 0 writes before each step, must be whole.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from horovod_jobs import ROOT, separate_ranks
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common import provenance
+
+SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
+PATIENCE = 60.0  # seconds
+
+
+def kill(seed: int) -> dict:
+    """One job, and what became of it."""
+    draw = random.Random(seed)
+    ranks, victim_of, moment = draw.choice([2, 3, 4]), draw.random(), draw.uniform(0.0, 4.0)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state.pt"
+        with separate_ranks(ranks, SCRIPT, "1000000", "--checkpoint", str(file)) as processes:
+            for process in processes:
+                process.stdout.readline()  # it has begun
+            time.sleep(moment)
+            victim = int(victim_of * ranks)
+            processes[victim].send_signal(signal.SIGKILL)
+            start = time.monotonic()
+            others = [p for p in processes if p is not processes[victim]]
+            while time.monotonic() - start < PATIENCE and any(p.poll() is None for p in others):
+                time.sleep(0.05)
+            seconds = time.monotonic() - start
+            hang = any(p.poll() is None for p in others)
+            ends = [p.returncode for p in others]
+            outputs = [] if hang else [p.stdout.read() for p in others]
+        checkpoint = "none yet"
+        if file.exists():
+            checkpoint = "whole" if torch.load(file, weights_only=True)["errors"]["buckets"] else "empty"
+    surfaced = not hang and all(code == 7 and "HorovodInternalError" in text for code, text in zip(ends, outputs, strict=True))
+    end = "hang" if hang else "HorovodInternalError" if surfaced else "another error"
+    if end != "HorovodInternalError":
+        print(f"seed {seed}: {end}, {ends}", *(text[-1500:] for text in outputs), sep="\n", file=sys.stderr)
+    return {"seed": seed, "ranks": ranks, "killed": victim, "after_s": round(moment, 2), "end": end,
+            "until_all_ended_s": round(seconds, 2), "checkpoint": checkpoint}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=2, help="jobs")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        jobs = list(pool.map(kill, range(arguments.first_seed, arguments.first_seed + arguments.kills)))
+    ends = Counter(job["end"] for job in jobs)
+    seconds = sorted(job["until_all_ended_s"] for job in jobs)
+    print(dict(ends), f"median {seconds[len(seconds) // 2]} s, longest {seconds[-1]} s until all others had ended")
+    if arguments.json:
+        lines = ",\n".join(json.dumps(job) for job in jobs)
+        head = json.dumps({**provenance(arguments), "ends": ends}, indent=1, default=str)
+        arguments.json.write_text(f'{head[:-2]},\n "jobs": [\n{lines}\n]}}\n')
+    sys.exit(0 if set(ends) == {"HorovodInternalError"} else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A rank that dies, gives up or stalls surfaces as Horovod's own error: nobody hangs, nothing is left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from horovod_jobs import ROOT, run_job, separate_ranks
+
+SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
+PHASES = ["push", "serve", "decode", "dense", "agreement"]
+
+
+def assert_loads(file):
+    """A checkpoint that is whole, whenever its writer was interrupted."""
+    state = torch.load(file, weights_only=True)
+    assert state["errors"]["buckets"] and list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
+    file = tmp_path / "state.pt"
+    with separate_ranks(ranks, SCRIPT, "1000", "--at", phase, "--checkpoint", str(file)) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert processes[-1].returncode == -signal.SIGKILL
+        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
+            assert process.returncode == 7 and "HorovodInternalError" in output, output
+            step = 0 if phase == "agreement" else 2
+            assert f"at step {step}" in output or f"at step {step + 1}" in output, output
+    assert_loads(file)
+
+
+def left_over(output):
+    """Processes of a job that are still there."""
+    processes = [int(number) for number in re.findall(r"process (\d+)", output)]
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(_runs(p) for p in processes):
+        time.sleep(0.1)
+    return [p for p in processes if _runs(p)]
+
+
+def _runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("phase", ["push", "decode"])
+def test_a_rank_that_raises_ends_the_job(phase):
+    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "raise"], timeout=120)
+    assert code != 0 and "RuntimeError: the last rank gives up" in output
+    assert len(re.findall(r"process \d+", output)) == 3 and not left_over(output)
+
+
+def test_a_rank_that_stalls_is_noticed(monkeypatch):
+    """Horovod's variables say when; its own stall inspector is silent with Gloo."""
+    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
+    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", "push", "--how", "stall"], timeout=120)
+    assert code != 0 and not left_over(output)
+    for rank in (0, 1):
+        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited [2345] seconds for doublesqueeze\.0\.bucket\d\.push"
+        assert re.search(waits, output), output[-4000:]
+    assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited [56] seconds for", output), output[-4000:]
+
+
+def test_an_interrupted_job_leaves_nothing_behind(tmp_path):
+    file, log = tmp_path / "state.pt", tmp_path / "log"
+    launcher = Path(sys.executable).parent / "horovodrun"
+    with log.open("w") as stream:
+        job = subprocess.Popen(
+            [launcher, "--gloo", "-np", "2", sys.executable, SCRIPT, "1000000", "--checkpoint", str(file)],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=stream, stderr=stream, start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        job.wait(timeout=60)
+    output = log.read_text()
+    assert file.exists() and len(re.findall(r"process \d+", output)) == 2, output
+    assert not left_over(output), output
+    left = [f for f in file.parent.iterdir() if f not in (file, log)]
+    assert torch.load(file, weights_only=True)["errors"]["buckets"] and len(left) <= 1, left  # a temporary one at most

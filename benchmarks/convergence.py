@@ -100,6 +100,9 @@ RECIPES: dict[str, Recipe] = {
     "topk-5%-momentum": _squeeze(TopK(0.05), momentum=True),
     "sign-4.5%-momentum": _squeeze(TopK(0.045, values="sign"), momentum=True),
     "sign-4.5%-momentum-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=True, lr=1.67),
+    "onebit-lr-aware": _squeeze(OneBit(), lr_aware=True),
+    "quantize-4-lr-aware": _squeeze(Quantize(bits=4), lr_aware=True),
+    "sign-4.5%-momentum-lr-aware": _squeeze(TopK(0.045, values="sign"), momentum=True, lr_aware=True),
     "sign-18%-momentum-lr-3": _squeeze(TopK(0.18, values="sign"), momentum=True, lr=3.0),
     "sign-18%-momentum": _squeeze(TopK(0.18, values="sign"), momentum=True),
     "cast-bf16": _squeeze(Cast("bf16")),
@@ -191,6 +194,10 @@ class InProcess:
 
     def step(self, step: int) -> list[float]:
         losses, gradients = [], []
+        rate = self._recipe.lr * self._task.learning_rate(step)
+        self._optimizer.param_groups[0]["lr"] = rate
+        if self._exchange:
+            self._exchange.follow(rate)
         for worker in range(self._workers):
             x, y = self._task.batch(self._seed, worker, step)
             self._optimizer.zero_grad()
@@ -202,7 +209,6 @@ class InProcess:
                 clip(gradients[-1], self._task.max_norm)
         for p, gradient in zip(self._parameters, self._aggregate(gradients), strict=True):
             p.grad = gradient
-        self._optimizer.param_groups[0]["lr"] = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.step()
         self._steps += 1
         return losses
@@ -236,6 +242,7 @@ class Rank:
 
     def step(self, step: int) -> list[float]:
         x, y = self._task.batch(self._seed, hvd.rank(), step)
+        self._optimizer.param_groups[0]["lr"] = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.zero_grad()
         loss = F.cross_entropy(self._forward(x), y)
         loss.backward()
@@ -243,7 +250,6 @@ class Rank:
             gradients = [p.grad for p in self.model.parameters()]
             clip(gradients, self._task.max_norm)
             hvd.grouped_allreduce_(gradients, name="gradients")
-        self._optimizer.param_groups[0]["lr"] = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.step()
         self._steps += 1
         return [loss.item()]

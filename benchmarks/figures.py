@@ -77,7 +77,8 @@ def draw_learning(content: Mapping[str, Any], steps: Mapping[str, Any] | None, w
     count = 2 + (len(RATES) if timed else 0)
     figure, panels = plt.subplots(1, count, figsize=(4 * count, 4), sharey=True)
     colors = plt.colormaps["tab20"]
-    recipes = sorted({recipe for n, recipe in found if n == workers})
+    # Those that follow the learning rate lie on those that do not: the table compares them.
+    recipes = sorted({recipe for n, recipe in found if n == workers and not recipe.endswith("-lr-aware")})
     for i, recipe in enumerate(recipes):
         losses, sent = curve(found[workers, recipe]), found[workers, recipe][0]["bytes_sent"]
         seconds = [1.0, sent / 1e6, *(step_seconds(steps, task, recipe, rate) for rate in RATES)][:count]

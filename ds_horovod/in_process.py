@@ -169,6 +169,11 @@ class Workers:
     def _sessions(self) -> list[Session[Any]]:
         return [squeeze.session for squeeze in self.squeezes if squeeze.session is not None]
 
+    def follow(self, rate: float) -> None:
+        """A step begins, at this learning rate of all parameters."""
+        for squeeze in self.squeezes:
+            squeeze.follow({name: rate for name, _ in self._sessions[0].parameters})
+
     def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The aggregated gradient of each parameter, as every worker gets it.
 

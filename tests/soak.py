@@ -3,7 +3,8 @@
     python tests/soak.py --kills 200 --json FILE
 
 Ranks are processes that nobody watches over (`horovod_jobs.separate_ranks`), so that only Horovod's own errors end them. A job
-that has not ended a minute after the kill hangs. Now and then Gloo aborts a rank itself: that is "another error". Its checkpoint, which rank 0 writes before each step, must be whole.
+that has not ended a minute after the kill hangs. Now and then Gloo aborts a rank by itself: "another error". The checkpoint,
+which rank 0 writes before each step, must be whole.
 """
 
 import argparse

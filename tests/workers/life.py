@@ -148,6 +148,22 @@ def tensors_outside_an_optimizer_in_one_file():
         second.change_compressor(TopK())
 
 
+@check
+def an_elastic_job_must_know_of_the_errors():
+    os.environ["HOROVOD_ELASTIC"] = "1"
+    try:
+        model = small_model()
+        optimizer = distributed(model, squeeze(OneBit(64)))
+        with raises(RuntimeError, "pass compression=optimizer.double_squeeze to hvd.elastic.TorchState"):
+            train_step(model, optimizer, 0)
+        hvd.elastic.TorchState(model=model, optimizer=optimizer, compression=optimizer.double_squeeze)
+        optimizer.load_state_dict(optimizer.state_dict())  # forgets the step that failed
+        train_step(model, optimizer, 0)
+        assert_identical(model)
+    finally:
+        del os.environ["HOROVOD_ELASTIC"]
+
+
 if __name__ == "__main__":
     # Of two ranks it would be a duplicate of the set of all.
     main([PAIR] if int(os.environ["HOROVOD_SIZE"]) > 2 else None)

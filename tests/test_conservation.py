@@ -10,9 +10,9 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8, assert_same_bits, gathered, generator
 
-from ds_horovod import NoCompression, OneBit, TopK
+from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Quantize, TopK
 from ds_horovod.exchange import Options
-from ds_horovod.in_process import Simulation
+from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.layout import pack
 from ds_horovod.memory import Memory
 
@@ -340,3 +340,22 @@ def test_a_warm_up_is_uncompressed(momentum, server):
             torch.testing.assert_close(output, velocity)
         else:
             assert (output != 0).sum() < 0.25 * len(output)
+
+
+# ---- rows of an embedding that no worker has a gradient for
+
+
+@pytest.mark.parametrize(
+    "compressor", [*COMPRESSORS, TopK(0.9, values="sign"), Quantize(8, 64, rounding="stochastic")], ids=repr
+)
+def test_rows_without_gradients_stay_where_they_are(compressor):
+    """Exact zeros, whatever the errors hold; but with OneBit, which has no zero, in scales that they share with others."""
+    g = generator(13)
+    group = Workers(lambda: DoubleSqueeze(compressor, min_numel=1), [("table", torch.zeros(64, 40, requires_grad=True))], 3)
+    moved = 0.0
+    for _ in range(5):
+        gradients = [torch.zeros(64, 40) for _ in range(3)]
+        for own in gradients:
+            own[:7] = torch.randn(7, 40, generator=g)
+        moved = max(moved, float(group.exchange([[own] for own in gradients])[0][7:].abs().max()))
+    assert (moved > 0) == isinstance(compressor, OneBit)

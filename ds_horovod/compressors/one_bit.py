@@ -23,7 +23,8 @@ _GRANULARITIES = ("block", "parameter", "bucket")
 class OneBit(FusedCompressor):
     """Q[v] = scale * sign(v), with 32 times fewer bytes than float32.
 
-    A block of zeros has scale 0 and stays zero. A scale that is not finite (from NaN, infinity or overflow) makes its
+    A block of zeros has scale 0 and stays zero, but a zero beside others does not: rows of an embedding that share a scale with
+    rows that have gradients move a little in every step. A scale that is not finite (from NaN, infinity or overflow) makes its
     whole block, parameter or bucket NaN on every rank.
 
     Parameters

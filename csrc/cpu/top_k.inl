@@ -505,7 +505,8 @@ private:
         }
         barrier_.wait();
         const uint32_t least = low_;
-        int64_t entry = 0, ties = remaining_;  // before this thread's part: entries sent, ties still to give
+        // Before this thread's part: entries sent, ties still to give. A zero is not sent: as a sign it would not stay one.
+        int64_t entry = 0, ties = least ? remaining_ : 0;
         for (int other = 0; other < t; other++) {
             const Finder& f = finders_[size_t(other)];
             const int64_t given = std::min(f.equal, ties);

@@ -301,7 +301,9 @@ top_k_narrow(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
         if (bins[bin]) atomicAdd(&fine[bin], bins[bin]);
     if (!is_last_block(state, totals)) return;
     const Bin found = find_bin<kFineBins>(choice.remaining, totals, [&](int bin) { return atomicExch(&fine[bin], 0u); });
-    if (threadIdx.x == 0) state.choice = {choice.source, choice.low + (found.bin << shift), shift, found.remaining};
+    const u32 low = choice.low + (found.bin << shift);
+    // A zero is not sent: as a sign it would not stay one.
+    if (threadIdx.x == 0) state.choice = {choice.source, low, shift, low || shift ? found.remaining : 0};
 }
 
 // Of the shard's runs: which entries, and where. All threads of one block call it.

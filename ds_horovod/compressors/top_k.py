@@ -24,8 +24,9 @@ class TopK(FusedCompressor):
     """Q[v] keeps the largest magnitudes of v and makes the rest zero.
 
     The selection runs over a whole shard (a bucket's n-th part, or the bucket with ``server=RANK``), is exact, and gives
-    ties to the lowest index. Where v is not finite, its shard sends those elements as NaN and nothing else (all as NaN,
-    where they are more than it may send); the others wait in the error.
+    ties to the lowest index. Zeros stay zeros: where fewer are not, fewer are sent. Where v is not finite, its shard
+    sends those elements as NaN and nothing else (all as NaN, where they are more than it may send); the others wait in
+    the error.
 
     Parameters
     ----------

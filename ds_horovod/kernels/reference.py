@@ -538,7 +538,7 @@ def _random_k_entries(format: RandomKFormat, layout: Layout, shard: int, chunk: 
 def top_k_encode(
     format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
 ) -> None:
-    """payload = the k largest magnitudes of v in each shard, ties to the lowest index; error = v without them.
+    """payload = the k largest magnitudes of v in each shard, zeros left out, ties to the lowest index; error = v without them.
 
     The velocity becomes zero where they are. The arguments are those of `one_bit_encode`.
     """
@@ -555,6 +555,7 @@ def top_k_encode(
         if finite.all():
             magnitude = v.view(torch.int32) & 0x7FFFFFFF
             chosen = magnitude.sort(descending=True, stable=True).indices[: format.k].sort().values
+            chosen = chosen[magnitude[chosen] > 0]  # a zero would not stay one as a sign
             sent = v[chosen]
         else:
             chosen = (~finite).nonzero().view(-1)

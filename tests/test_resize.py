@@ -171,6 +171,7 @@ def test_the_law_across_a_change_of_compressor(before, after):
     for squeeze in group.squeezes:
         squeeze.change_compressor(after, OneBit(32))
     assert_owed(owed(group), kept)
+    assert not any(session.started for session in group._sessions)  # the next step compares notes
     more, later = train(group, g)
     for name, (error, _) in owed(group).items():
         torch.testing.assert_close(arrived[name] + more[name] + error, total[name] + later[name], rtol=1e-4, atol=1e-5)
@@ -279,8 +280,10 @@ def test_save_replaces_and_keeps_permissions(tmp_path):
     ds_horovod.save({"a": torch.ones(3)}, file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~_umask()
     file.chmod(0o640)
+    old = file.stat().st_ino
     ds_horovod.save({"a": torch.zeros(3)}, str(file))
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert file.stat().st_ino != old  # another file in its place, at once
     assert torch.equal(torch.load(file, weights_only=True)["a"], torch.zeros(3))
     assert os.listdir(tmp_path) == ["state.pt"]
 

@@ -377,6 +377,8 @@ class DoubleSqueeze:
             return
         if self.session is not None:
             self.session.rescale(change)
+        for name, error in self._inherited.items():
+            error *= change.scale * change.rates.get(name, 1.0)
         self.velocities.rescale(change.scale)
 
     @property

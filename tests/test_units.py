@@ -7,7 +7,7 @@ import torch
 from support import assert_same_bits, generator
 
 from ds_horovod import DoubleSqueeze, OneBit, TopK
-from ds_horovod.in_process import Workers
+from ds_horovod.in_process import InProcessTransport, Workers
 from ds_horovod.units import Units
 
 SHAPES = {"a": (30, 40), "b": (50, 20), "bias": (50,)}
@@ -97,6 +97,23 @@ def test_velocities_follow_the_loss_scale_alone():
     squeeze.follow({"a": 0.5, "b": 0.5})
     assert_same_bits(exchange.velocity, velocity * 4)
     assert_same_bits(squeeze.velocities.state_dict()["bias"], bias * 4)
+
+
+def test_what_one_rank_still_owes_follows_too():
+    """A file of several ranks, written at another loss scale and learning rate, and loaded by one."""
+    scaler = Scaler(2.0)
+    squeeze = make(grad_scaler=scaler, lr_aware=True)()
+    assert squeeze.bind("alone", named(), True, InProcessTransport.group(1)[0]) is None
+    workers = Workers(make(), named(), 2)
+    workers.exchange(gradients(generator(0)))
+    state = workers.squeezes[0].full_state_dict()
+    state["units"] = {"scale": 1.0, "learning_rates": {"a": 0.5, "b": 0.5}}
+    squeeze.load_state_dict(state)
+    squeeze.follow({"a": 0.25, "b": 0.5})
+    own = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    squeeze.pay(own.items())
+    assert_same_bits(own["a"], state["errors"]["a"] * 4)
+    assert_same_bits(own["b"], state["errors"]["b"] * 2)
 
 
 def test_units():

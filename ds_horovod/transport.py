@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 _log = logging.getLogger("ds_horovod")
+_NAP = 1e-3  # seconds
 
 
 def require_horovod_for(devices: Iterable[torch.device]) -> None:
@@ -111,14 +113,22 @@ class HorovodTransport:
         """Every rank's value, by rank. Blocks."""
         # hvd.allgather_object knows no process sets.
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = hvd.allgather(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
-        everyones = hvd.allgather(own, name=name, process_set=self._process_set)
+        handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
+        sizes = self._result(handle, name)
+        everyones = self._result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [pickle.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
 
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
-        total: Tensor = hvd.allreduce(tensor, op=hvd.Sum, name=name, process_set=self._process_set)
-        return total
+        return self._result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
+
+    def _result(self, handle: int, name: str) -> Tensor:
+        """What arrives, waited for here: hvd.synchronize would say nothing of ranks that stall."""
+        start = time.perf_counter()
+        while not self.poll(handle):
+            self.waiting(time.perf_counter() - start, [name])
+            time.sleep(_NAP)
+        return self.wait(handle)
 
 
 def _number(variable: str, default: int) -> int:

@@ -13,7 +13,8 @@ import torch
 from horovod_jobs import ROOT, run_job, separate_ranks
 
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
-PHASES = ["push", "serve", "decode", "dense", "agreement"]
+BEGUN = re.compile(r"rank \d+: process (\d+)")
+PHASES = ["push", "serve", "decode", "dense", "agreement", "sum"]
 
 
 def assert_loads(file):
@@ -36,9 +37,20 @@ def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
     assert_loads(file)
 
 
+@pytest.mark.parametrize("server, phase", [(2, "push"), (2, "serve"), (2, "decode"), (0, "push"), (0, "decode")])
+def test_a_killed_server_or_worker_of_one_server_surfaces_too(server, phase):
+    """The last rank dies, which is the server or not: alltoall and broadcast fail like alltoall and allgather."""
+    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--server", str(server)) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        assert processes[-1].returncode == -signal.SIGKILL
+        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
+            assert process.returncode == 7 and "HorovodInternalError" in output, output
+            assert "at step 2" in output or "at step 3" in output, output
+
+
 def left_over(output):
     """Processes of a job that are still there."""
-    processes = [int(number) for number in re.findall(r"process (\d+)", output)]
+    processes = [int(number) for number in BEGUN.findall(output)]
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and any(_runs(p) for p in processes):
         time.sleep(0.1)
@@ -56,17 +68,21 @@ def _runs(process):
 def test_a_rank_that_raises_ends_the_job(phase):
     code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "raise"], timeout=120)
     assert code != 0 and "RuntimeError: the last rank gives up" in output
-    assert len(re.findall(r"process \d+", output)) == 3 and not left_over(output)
+    assert len(BEGUN.findall(output)) == 3 and not left_over(output)
 
 
-def test_a_rank_that_stalls_is_noticed(monkeypatch):
+@pytest.mark.parametrize(
+    "phase, collective",
+    [("push", r"bucket\d\.push"), ("serve", r"bucket\d\.pull"), ("agreement", "agreement"), ("sum", r"bucket0\.owed")],
+)
+def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
     """Horovod's variables say when; its own stall inspector is silent with Gloo."""
     monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
-    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", "push", "--how", "stall"], timeout=120)
+    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "stall"], timeout=120)
     assert code != 0 and not left_over(output)
     for rank in (0, 1):
-        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited [2345] seconds for doublesqueeze\.0\.bucket\d\.push"
+        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited [2345] seconds for doublesqueeze\.0\.{collective}"
         assert re.search(waits, output), output[-4000:]
     assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited [56] seconds for", output), output[-4000:]
 
@@ -80,12 +96,12 @@ def test_an_interrupted_job_leaves_nothing_behind(tmp_path):
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + 120
-        while not file.exists() and time.monotonic() < deadline:
+        while not (file.exists() and len(BEGUN.findall(log.read_text())) == 2) and time.monotonic() < deadline:
             time.sleep(0.05)
         job.send_signal(signal.SIGINT)
         job.wait(timeout=60)
     output = log.read_text()
-    assert file.exists() and len(re.findall(r"process \d+", output)) == 2, output
+    assert file.exists() and len(BEGUN.findall(output)) == 2, output
     assert not left_over(output), output
     left = [f for f in file.parent.iterdir() if f not in (file, log)]
     assert torch.load(file, weights_only=True)["errors"]["buckets"] and len(left) <= 1, left  # a temporary one at most

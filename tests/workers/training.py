@@ -1,6 +1,7 @@
 """Trains for some steps. `--at PHASE` ends the last rank in the third step, as `--how` says.
 
-Phases: push (before it), serve (between push and pull), decode, dense (in Horovod's allreduce), agreement (of the first step).
+Phases: push (before it), serve (between push and pull), decode, dense (in Horovod's allreduce), agreement (of the first step),
+sum (of what all ranks owe, for a checkpoint that any number of ranks may load).
 A checkpoint is written before each step. Ranks that end with Horovod's error say so, with exit status 7.
 """
 
@@ -22,8 +23,9 @@ from ds_horovod.transport import HorovodTransport
 
 parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)
-parser.add_argument("--at", choices=["push", "serve", "decode", "dense", "agreement"])
+parser.add_argument("--at", choices=["push", "serve", "decode", "dense", "agreement", "sum"])
 parser.add_argument("--how", choices=["kill", "raise", "stall"], default="kill")
+parser.add_argument("--server", type=int)
 parser.add_argument("--checkpoint", type=Path)
 arguments = parser.parse_args()
 
@@ -34,7 +36,7 @@ model = torch.nn.Sequential(torch.nn.Linear(200, 300), torch.nn.ReLU(), torch.nn
 optimizer = hvd.DistributedOptimizer(
     torch.optim.SGD(model.parameters(), lr=0.01),
     named_parameters=model.named_parameters(),
-    compression=DoubleSqueeze(bucket_cap_mb=0.1),
+    compression=DoubleSqueeze(bucket_cap_mb=0.1, server=arguments.server),
 )
 step = 0
 
@@ -61,6 +63,8 @@ def ends_before(owner, method, in_step=2):
 
 if arguments.at == "agreement":
     ends_before(HorovodTransport, "gather_objects", in_step=0)
+elif arguments.at == "sum":
+    ends_before(HorovodTransport, "sum")
 elif arguments.at == "dense":
     ends_before(hvd.optimizer, "allreduce_async_")
 elif arguments.at is not None:
@@ -75,6 +79,8 @@ try:
         if arguments.checkpoint and hvd.rank() == 0:
             state = {"step": step, "model": model.state_dict(), "errors": optimizer.double_squeeze.state_dict()}
             ds_horovod.save(state, arguments.checkpoint)
+        if arguments.at == "sum":
+            optimizer.double_squeeze.full_state_dict()
         optimizer.zero_grad()
         model(torch.randn(8, 200)).square().mean().backward()
         optimizer.step()

@@ -107,6 +107,15 @@ def test_the_model_in_the_tree_is_that_of_the_measurements_in_the_tree():
     assert found["measured"] == results()["bandwidth"]["date"]
 
 
+def test_the_design_says_what_the_soak_holds():
+    jobs = results()["soak"]["jobs"]
+    ended = sum(job["end"] == "HorovodInternalError" for job in jobs)
+    text = " ".join((ROOT / "docs" / "design.md").read_text().split())
+    assert f"Of {len(jobs)} jobs with a rank killed" in text
+    assert f"In {ended} all others ended with HorovodInternalError; in {len(jobs) - ended} Gloo aborted one" in text
+    assert not any(job["end"] == "hang" or job["checkpoint"] == "empty" for job in jobs)
+
+
 def test_a_target_that_is_missed_is_said_to_be():
     above = {
         "onebit": 0.5,

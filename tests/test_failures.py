@@ -78,13 +78,13 @@ def test_a_rank_that_raises_ends_the_job(phase):
 def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
     """Horovod's variables say when; its own stall inspector is silent with Gloo."""
     monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
-    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "12")
     code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "stall"], timeout=120)
     assert code != 0 and not left_over(output)
     for rank in (0, 1):
-        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited [2345] seconds for doublesqueeze\.0\.{collective}"
+        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.0\.{collective}"
         assert re.search(waits, output), output[-4000:]
-    assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited [56] seconds for", output), output[-4000:]
+    assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited \d+ seconds for", output), output[-4000:]
 
 
 def test_an_interrupted_job_leaves_nothing_behind(tmp_path):

@@ -355,6 +355,8 @@ class Session(Generic[Handle]):
             waits_for = [n for n, q in zip(bucket.names, bucket.parameters, strict=True) if q not in self._arrived]
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         assert p.grad is not None
+        if p in self._aside:  # frozen, it must not move; 1-bit scales that it shares with others leave no zeros
+            p.grad.zero_()
         return p.grad
 
     def depart(self) -> None:

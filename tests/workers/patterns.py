@@ -106,7 +106,12 @@ def two_networks_against_each_other():
 @check
 def layers_that_are_frozen_for_a_while():
     """They do not move, whatever their errors hold, and what they hold counts when they are trained again."""
-    for compressor, options in ((OneBit(64), {}), (TopK(0.1), {"momentum": 0.5}), (TopK(0.1), {"server": 0})):
+    shared = OneBit(64, granularity="bucket")
+    for compressor, options in (
+        (OneBit(64), {}),
+        (shared, {"bucket_cap_mb": None}),
+        (TopK(0.1), {"momentum": 0.5, "server": 0}),
+    ):
         model = small_model()
         optimizer = distributed(model, squeeze(compressor, **options))
         for step in range(3):

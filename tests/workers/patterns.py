@@ -50,7 +50,8 @@ def every_optimizer_of_torch_even_where_no_rank_has_a_gradient():
                 assert_identical(model)
             results.append(flat(model.parameters()))
         if name != "Rprop":  # which goes by signs, of nothing but rounding too
-            torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            # Sums in another order; where a gradient is next to nothing, dividing by its size makes that large.
+            torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=5e-4, msg=lambda m: f"{name}: {m}")  # noqa: B023
         assert torch.isfinite(results[2]).all() and not torch.equal(results[2], results[0])
 
 

@@ -14,7 +14,6 @@ from random import Random
 from unittest import mock
 
 import pybind11
-import pytest
 import torch
 from emulator import SANITIZED, sanitized
 from hypothesis import HealthCheck, example, given, settings
@@ -190,3 +189,122 @@ def test_the_law_whatever_comes(run):
             right = torch.where(out.isfinite(), out + e, e + options["momentum"] * u)
             largest = max(1e-3, *(float(x.nan_to_num(0, 0, 0).abs().max()) for x in (left, out, e, given_here[name])))
             assert (left - right).abs().max() <= DTYPES[dtypes[i]] * largest, f"{name} in step {step}"
+
+
+# ---- decoders
+
+
+FUSED = [compressor for compressor in COMPRESSORS if not isinstance(compressor, Int8)]
+CANARY = 0 if SANITIZED in os.environ else 16
+"""Elements before and after each tensor that is written to. AddressSanitizer sees the ends of tensors itself."""
+PASSES = ("decode", "accumulate", "serve", "lost")
+
+
+class Guarded:
+    """A tensor full of sevens between canaries."""
+
+    def __init__(self, numel, dtype):
+        self._whole = torch.full((numel + 2 * CANARY,), 7, dtype=dtype)
+        self.tensor = self._whole[CANARY : CANARY + numel]
+
+    def holds(self):
+        return bool((self._whole[:CANARY] == 7).all() and (self._whole[CANARY + len(self.tensor) :] == 7).all())
+
+    def is_untouched(self):
+        return self.holds() and bool((self.tensor == 7).all())
+
+
+@st.composite
+def payloads(draw):
+    """Bytes of the right size: what an encoder wrote with some of them changed, or any."""
+    codec = draw(st.sampled_from(FUSED))
+    sizes = draw(st.lists(st.integers(1, 3000), min_size=1, max_size=5))
+    if draw(st.integers(0, 5)) == 5:
+        sizes.append(draw(st.integers(60_000, 200_000)))  # several runs of top-k entries
+    layout = pack(sizes, codec.block, draw(st.integers(1, 3)))
+    payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    g = generator(draw(st.integers(0, 2**32 - 1)))
+    codec.encode(layout, [torch.randn(numel, generator=g) for numel in layout.numels], Memory(), payload)
+    chunk = payload[draw(st.integers(0, layout.shards - 1))]
+    if draw(st.booleans()):
+        size = draw(st.sampled_from([16, 64, len(chunk)]))
+        chunk[:size] = torch.randint(0, 256, (len(chunk[:size]),), dtype=torch.uint8, generator=g)
+    else:
+        places = st.integers(0, min(63, len(chunk) - 1)) | st.integers(0, len(chunk) - 1)
+        for _ in range(draw(st.integers(1, 8))):
+            chunk[draw(places)] = draw(st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
+    return codec, layout, payload, draw(st.sampled_from(list(DTYPES))), draw(st.integers(1, 3))
+
+
+def outcome(what, codec, layout, payload, dtype):
+    """What a pass makes of a payload; None: it is refused. It must not touch what it was not given."""
+    targets = [Guarded(numel, dtype) for numel in layout.numels] if what == "decode" else []
+    totals = [Guarded(layout.shard_numel, torch.float32) for _ in range(layout.shards)] if what != "decode" else []
+    replies, lost = [], None
+    try:
+        if what == "decode":
+            codec.decode(layout, payload, [guarded.tensor for guarded in targets])
+        elif what == "lost":
+            lost = codec.lost(layout, payload)
+        for shard, total in enumerate(totals):
+            one = layout.shard(shard)
+            if what == "accumulate":
+                codec.accumulate(one, payload[shard], 0.5, total.tensor)
+            elif what == "serve" and one.numels:
+                for server in (codec, NoCompression()):
+                    replies.append(Guarded(server.chunk_nbytes(one), torch.uint8))
+                    pushed = torch.stack([payload[shard]] * 2)
+                    server.serve(one, pushed, codec, 0.5, Memory(total.tensor), replies[-1].tensor.zero_())
+    except ValueError:
+        assert what != "decode" or all(guarded.is_untouched() for guarded in targets), f"{codec!r} writes before it refuses"
+        refused = True
+    else:
+        refused = False
+    assert all(guarded.holds() for guarded in targets + totals + replies), f"{what} of {codec!r} writes past its end"
+    if refused:
+        return None
+    return [guarded.tensor for guarded in targets + totals + replies] + ([] if lost is None else [lost])
+
+
+@examples(200)
+@given(payloads())
+def test_no_bytes_lead_a_decoder_astray(case):
+    """On every instruction set and any number of threads it makes of them what the oracle does, or refuses them too."""
+    codec, layout, payload, dtype, threads = case
+    for what in PASSES:
+        with oracle():
+            expected = outcome(what, codec, layout, payload, dtype)
+        for instruction_set in _cpu.instruction_sets():
+            with on(instruction_set), mock.patch.object(cpu, "_threads", return_value=threads):
+                native = outcome(what, codec, layout, payload, dtype)
+            assert (native is None) == (expected is None), f"{what} of {codec!r} is refused by one alone"
+            for own, other in zip(native or [], expected or [], strict=True):
+                assert_same_bits(own, other, f"{what} of {codec!r} ({instruction_set}):")
+
+
+def _sanitized_kernels(folder):
+    """The CPU kernels as they are, with AddressSanitizer and UBSan in them."""
+    target = folder / "_cpu.so"
+    sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in ("module", "avx2", "portable")]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-fvisibility=hidden",
+         "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}",
+         f"-I{pybind11.get_include()}", *sources, "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    return target
+
+
+def test_no_bytes_lead_a_decoder_astray_under_sanitizers(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import importlib.util, sys
+sys.path[:0] = [{str(ROOT)!r}]
+spec = importlib.util.spec_from_file_location("ds_horovod._cpu", {str(_sanitized_kernels(tmp_path))!r})
+sys.modules["ds_horovod._cpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["ds_horovod._cpu"])
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--capture=no", {str(__file__)!r}, "-k", "astray and not sanitizers"]))
+""")
+    result = sanitized([sys.executable, str(script)])
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]

@@ -130,7 +130,9 @@ def waiting(histories, step):
 @examples(150)
 @given(runs())
 @example(a_run(2, [(40, 7)] * 3, frozen=1, server=0, compressor=OneBit(64, granularity="bucket")))  # a frozen one moved
-@example(a_run(3, [(40, 7)] * 3, spoils=math.inf, compressor=TopK(0.05), momentum=0.9))
+@example(  # of which workers take back what they sent, and have forgotten the velocity of
+    a_run(3, [(40, 7)] * 3, spoils=math.inf, compressor=TopK(0.05), server_compressor=OneBit(64), momentum=0.9)
+)
 def test_the_law_whatever_comes(run):
     workers, shapes, dtypes, average, spoils, frozen, random, options = run
     names, weight, g = [f"p{i}" for i in range(len(shapes))], 1 / workers if average else 1, generator(random.randrange(2**32))

@@ -251,6 +251,8 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
             _follow(self)
             if squeeze.max_norm is not None:
                 clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm * squeeze.units.scale)
+        if session is not None:
+            _require_hooked(self)
         original(self)
         for name, p in named:
             if p.grad is not None and (session is None or not session.covers(p)):
@@ -259,6 +261,20 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return synchronize
+
+
+def _require_hooked(self: Any) -> None:
+    """Raises RuntimeError for a trained parameter whose gradients Horovod does not see: replicas would drift apart."""
+    strangers = [
+        p for group in self.param_groups for p in group["params"] if p.requires_grad and p not in self._requires_update
+    ]
+    if strangers:
+        shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:5])
+        raise RuntimeError(
+            f"DoubleSqueeze: parameters of shapes {shapes} were added or unfrozen after hvd.DistributedOptimizer was made, so "
+            "their gradients are not exchanged. Make it with all that will ever be trained, and freeze them afterwards, or make "
+            "a new one"
+        )
 
 
 def _require_scaled(self: Any, grad_scaler: Any) -> None:

@@ -271,9 +271,9 @@ def _require_hooked(self: Any) -> None:
     if strangers:
         shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:5])
         raise RuntimeError(
-            f"DoubleSqueeze: parameters of shapes {shapes} were added or unfrozen after hvd.DistributedOptimizer was made, so "
-            "their gradients are not exchanged. Make it with all that will ever be trained, and freeze them afterwards, or make "
-            "a new one"
+            f"DoubleSqueeze: parameters of shapes {shapes} were added or unfrozen after hvd.DistributedOptimizer was made, "
+            "so their gradients are not exchanged. Make it with all that will ever be trained, and freeze them afterwards, "
+            "or make a new one"
         )
 
 

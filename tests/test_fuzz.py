@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from support import COMPRESSORS, Int8, assert_same_bits, generator
 from test_kernels import on, oracle
 
-from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK, _cpu
+from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Ternary, TopK, _cpu
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.kernels import cpu
 from ds_horovod.layout import pack
@@ -238,6 +238,15 @@ def payloads(draw):
     return codec, layout, payload, draw(st.sampled_from(list(DTYPES))), draw(st.integers(1, 3))
 
 
+def with_byte(codec, numel, place, byte):
+    """A payload of ones with one byte changed."""
+    layout = pack([numel], codec.block, 1)
+    payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
+    codec.encode(layout, [torch.ones(numel)], Memory(), payload)
+    payload[0, place] = byte
+    return codec, layout, payload, torch.float32, 1
+
+
 def outcome(what, codec, layout, payload, dtype):
     """What a pass makes of a payload; None: it is refused. It must not touch what it was not given."""
     targets = [Guarded(numel, dtype) for numel in layout.numels] if what == "decode" else []
@@ -270,6 +279,7 @@ def outcome(what, codec, layout, payload, dtype):
 
 @examples(200)
 @given(payloads())
+@example(with_byte(Ternary(64), 64, 28, 242))  # a reply repeated the digit that no element has
 def test_no_bytes_lead_a_decoder_astray(case):
     """On every instruction set and any number of threads it makes of them what the oracle does, or refuses them too."""
     codec, layout, payload, dtype, threads = case

@@ -126,6 +126,8 @@ struct QuantizedBlock {
     // Adds what a worker has sent.
     void add_codes(const uint8_t* from, float step, int64_t count) {
         unpack_codes(codec, from, codes.data());
+        // Digits that no element has: of a corrupted push they may be anything, and the reply would repeat them.
+        std::fill(codes.begin() + codec.block, codes.end(), uint8_t(0));
         const F8 s = splat(step), levels = splat(float(codec.levels));
         const int64_t padded = ceil_div(count, 8) * 8;
         for (int64_t i = 0; i < padded; i += 8)

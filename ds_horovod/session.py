@@ -349,7 +349,6 @@ class Session(Generic[Handle]):
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.depart()
         self.drain()
-        self._noted.pop(p, None)
         if p in self._arrived:
             bucket = self._bucket_of[p]
             waits_for = [n for n, q in zip(bucket.names, bucket.parameters, strict=True) if q not in self._arrived]
@@ -370,6 +369,7 @@ class Session(Generic[Handle]):
             A gradient has been changed since it was `ready`.
         """
         self._require_untouched()
+        self._noted.clear()  # from here on nobody but us has them
         waiting = []
         if not self.started:
             require_agreement(self.transport.gather_objects(self._description(), self.name + ".agreement"))
@@ -380,8 +380,6 @@ class Session(Generic[Handle]):
             assert self.options.max_norm is not None
             max_norm = self.options.max_norm * self.units.scale
             clip([(self._names[p], p.grad) for p in self._met if p.grad is not None], max_norm)
-            for p in self._noted:
-                self._note(p)
             self._met.clear()
         for p in waiting:
             self._fill_up(p)

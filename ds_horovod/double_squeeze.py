@@ -282,7 +282,7 @@ class DoubleSqueeze:
         self.units.load_state_dict(shared.units)
 
     def _take_over(self, owed: dict[str, Owed], step: int, sparse: Iterable[str], velocities: Mapping[str, Tensor]) -> None:
-        """In new buckets what this rank owes, and velocities that are the same on all ranks."""
+        """In place of all that is kept: what this rank owes, and velocities that are the same on all ranks."""
         velocities = dict(velocities)
         session = self.session
         if session is None:
@@ -292,7 +292,7 @@ class DoubleSqueeze:
         else:
             self._inherited = {}
             names = frozenset(sparse)
-            session.adopt(names, session.fill(names), hold_errors=True)
+            session.adopt(names, session.buckets if names == session.sparse else session.fill(names), hold_errors=True)
             if self.momentum:
                 for name in [n for n, p in session.parameters if session.covers(p) and n in velocities]:
                     own = velocities.pop(name).float() / session.transport.size
@@ -377,8 +377,8 @@ class DoubleSqueeze:
             return
         if self.session is not None:
             self.session.rescale(change)
-        for name, error in self._inherited.items():
-            error *= change.scale * change.rates.get(name, 1.0)
+        for name, error in self._inherited.items():  # which a snapshot may hold too
+            self._inherited[name] = error * (change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
     @property
@@ -467,14 +467,14 @@ class DoubleSqueeze:
         RuntimeError
             A step is under way.
         """
-        errors = {name: error.cpu() for name, error in self._inherited.items()}
-        velocities = {name: velocity.cpu().clone() for name, velocity in self.velocities.state_dict().items()}
+        errors = {name: error.to("cpu", copy=True) for name, error in self._inherited.items()}
+        velocities = {name: velocity.to("cpu", copy=True) for name, velocity in self.velocities.state_dict().items()}
         for session in self._sessions:
             for name, owed in session.owed(by_all=True).items():
                 if self.worker_error or self.server_error:
-                    errors[name] = owed.error.cpu().clone()
+                    errors[name] = owed.error.to("cpu", copy=True)
                 if owed.velocity is not None:
-                    velocities[name] = owed.velocity.cpu().clone()
+                    velocities[name] = owed.velocity.to("cpu", copy=True)
         return {
             "format": FORMAT,
             "step": max((session.step for session in self._sessions), default=self._inherited_step),

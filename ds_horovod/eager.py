@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import horovod.torch as hvd
@@ -51,7 +52,7 @@ def allreduce(
     Raises
     ------
     TypeError, ValueError
-        The tensor, op, or compression is none of those; the name stood for another tensor or op; the ranks disagree.
+        The tensor, op, or compression is none of those; the job is elastic; the name stood for another tensor or op; the ranks disagree.
     """
     global _default
     if not isinstance(name, str) or not name:
@@ -65,6 +66,10 @@ def allreduce(
         compression = _default = _default or DoubleSqueeze()
     if not isinstance(compression, DoubleSqueeze):
         raise TypeError(f"allreduce: compression must be DoubleSqueeze or an instance of it, got {compression!r}")
+    if os.environ.get("HOROVOD_ELASTIC") == "1":  # ranks that come would wait for ever for the others to compare notes
+        raise ValueError(
+            "allreduce: its errors do not follow ranks that come and go, so not in elastic jobs; use hvd.allreduce"
+        )
     average = is_average(op)
     if not process_set.included():
         raise ValueError(f"allreduce: process_set must hold this rank, {hvd.rank()}; got {process_set}")

@@ -16,8 +16,8 @@ _handled: weakref.WeakSet[DoubleSqueeze] = weakref.WeakSet()
 class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
     """What ``hvd.elastic.TorchState(..., compression=...)`` does with a DoubleSqueeze.
 
-    A commit keeps what this rank owes to the gradients (`Exchange.owed`), in the memory of the host. When ranks have come
-    or gone, each of those that are still there goes on with what it owed itself, new ones with nothing, and all with the first
+    A commit keeps what this rank owes to the gradients (`Exchange.owed`), where the errors are. When ranks have come or
+    gone, each of those that are still there goes on with what it owed itself, new ones with nothing, and all with the first
     rank's compressors, step and units. What a lost rank owed is lost with it, as its gradient is.
     """
 

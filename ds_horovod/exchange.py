@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -211,12 +212,16 @@ class Exchange(Generic[Handle]):
             How many have been taken.
         """
         if self.worker.error is not None:
-            self.worker.error.copy_(error / self.options.weight)
+            torch.div(error, self.options.weight, out=self.worker.error)
         if self.server.error is not None:
-            own = error[self._served] * self.transport.size
-            self.server.error.copy_(torch.zeros_like(own) if self.worker.error is not None else own)
-        if self.worker.velocity is not None and velocity is not None:
-            self.worker.velocity.copy_(velocity / self.options.weight)
+            self.server.error.zero_()
+            if self.worker.error is None:
+                self.server.error.add_(error[self._served], alpha=self.transport.size)
+        if self.worker.velocity is not None:
+            if velocity is None:
+                self.worker.velocity.zero_()
+            else:
+                torch.div(velocity, self.options.weight, out=self.worker.velocity)
         self.worker.step = self.server.step = step
         self.written()
 
@@ -225,20 +230,31 @@ class Exchange(Generic[Handle]):
         start = self.server.first_shard * self.layout.shard_numel
         return slice(start, start + self.layout.shard_numel)
 
-    def errors(self, tensor: int) -> list[Tensor]:
-        """Both errors of one tensor of the layout, as far as this rank has them: to read and to write between two steps."""
+    def kept(self, tensor: int) -> list[Tensor]:
+        """What this rank keeps of one tensor of the layout, of both errors, then of the velocity: to change between steps."""
         self.join()
-        start = self.layout.offsets[tensor]
-        parts = [] if self.worker.error is None else [self.worker.error[start : start + self.layout.numels[tensor]]]
-        if self.server.error is not None:
-            pieces = [piece for piece in self.layout.pieces[self.server.first_shard] if piece.tensor == tensor]
-            parts += [self.server.error[piece.offset : piece.offset + piece.numel] for piece in pieces]
-        return parts
+        flat = slice(self.layout.offsets[tensor], self.layout.offsets[tensor] + self.layout.numels[tensor])
+        parts = [] if self.worker.error is None else [self.worker.error[flat]]
+        if self.server.error is not None:  # at most one piece of a tensor lies in a shard
+            pieces = self.layout.pieces[self.server.first_shard]
+            at = bisect_left(pieces, tensor, key=lambda piece: piece.tensor)
+            if at < len(pieces) and pieces[at].tensor == tensor:
+                parts.append(self.server.error[pieces[at].offset : pieces[at].offset + pieces[at].numel])
+        return parts if self.worker.velocity is None else [*parts, self.worker.velocity[flat]]
 
-    def velocities(self, tensor: int) -> list[Tensor]:
-        """Likewise of the velocity."""
-        start = self.layout.offsets[tensor]
-        return [] if self.worker.velocity is None else [self.worker.velocity[start : start + self.layout.numels[tensor]]]
+    def rescale(self, factor: float, of_tensors: Sequence[float]) -> None:
+        """Multiplies errors and velocity by a factor, and the errors of each tensor by another one; between two steps."""
+        self.join()
+        if factor != 1.0:
+            for array in (self.worker.error, self.server.error, self.worker.velocity):
+                if array is not None:
+                    array *= factor
+        for tensor, more in enumerate(of_tensors):
+            if more != 1.0:
+                parts = self.kept(tensor)
+                for error in parts if self.worker.velocity is None else parts[:-1]:
+                    error *= more
+        self.written()
 
     def written(self) -> None:
         """What is kept has been changed on the current stream: passes on other ones wait for it."""
@@ -250,7 +266,8 @@ class Exchange(Generic[Handle]):
     def counted(self, what: str) -> Iterator[None]:
         """Adds the seconds inside to ``totals.{what}_seconds``, and shows them to a profiler, if one is on."""
         start = time.perf_counter()
-        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # a range costs microseconds where nobody looks too
+        # A range costs microseconds also where nobody looks.
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         with record_function(f"{self.name}.{what}") if profiled else contextlib.nullcontext():
             yield
         seconds = getattr(self.totals, f"{what}_seconds") + time.perf_counter() - start

@@ -246,12 +246,13 @@ class Session(Generic[Handle]):
         """Takes over what `owed` said, of these parameters in other buckets or among other ranks. What is not there: zero."""
         for bucket in self.buckets:
             layout, device = bucket.exchange.layout, bucket.exchange.device
-            error, velocity = torch.zeros(layout.numel, device=device), torch.zeros(layout.numel, device=device)
+            error = torch.zeros(layout.numel, device=device)
+            velocity = None if bucket.exchange.velocity is None else torch.zeros(layout.numel, device=device)
             for name, offset, numel in zip(bucket.names, layout.offsets, layout.numels, strict=True):
                 if name in owed:
                     error[offset : offset + numel] = owed[name].error.to(device).view(-1)
                     u = owed[name].velocity
-                    if u is not None:
+                    if velocity is not None and u is not None:
                         velocity[offset : offset + numel] = u.to(device).view(-1)
             bucket.exchange.owe(error, velocity, step)
 
@@ -286,13 +287,7 @@ class Session(Generic[Handle]):
         """Multiplies what is kept of each parameter, between two steps."""
         self.put_back()
         for bucket in self.buckets:
-            for i, name in enumerate(bucket.names):
-                factor = change.scale * change.rates.get(name, 1.0)
-                for error in bucket.exchange.errors(i) if factor != 1.0 else ():
-                    error *= factor
-                for velocity in bucket.exchange.velocities(i) if change.scale != 1.0 else ():
-                    velocity *= change.scale
-            bucket.exchange.written()
+            bucket.exchange.rescale(change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
 
     def _put_aside(self, p: Tensor) -> None:
         """What is kept of a parameter that is frozen now, and must not move, until it is trained again."""
@@ -315,7 +310,7 @@ class Session(Generic[Handle]):
     def _kept(self, p: Tensor) -> list[Tensor]:
         bucket = self._bucket_of[p]
         i = next(i for i, q in enumerate(bucket.parameters) if q is p)
-        return bucket.exchange.errors(i) + bucket.exchange.velocities(i)
+        return bucket.exchange.kept(i)
 
     def ready(self, p: Tensor) -> None:
         """The gradient of p is there. Sends its bucket if that was the last one, and never waits."""

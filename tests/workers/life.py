@@ -160,6 +160,8 @@ def an_elastic_job_must_know_of_the_errors():
         optimizer.load_state_dict(optimizer.state_dict())  # forgets the step that failed
         train_step(model, optimizer, 0)
         assert_identical(model)
+        with raises(ValueError, "allreduce: its errors do not follow ranks that come and go"):
+            ds_horovod.allreduce(torch.zeros(3), name="elastic")
     finally:
         del os.environ["HOROVOD_ELASTIC"]
 

@@ -52,7 +52,8 @@ def allreduce(
     Raises
     ------
     TypeError, ValueError
-        The tensor, op, or compression is none of those; the job is elastic; the name stood for another tensor or op; the ranks disagree.
+        The tensor, op, or compression is none of those; the job is elastic; the name stood for another tensor or op; the
+        ranks disagree.
     """
     global _default
     if not isinstance(name, str) or not name:

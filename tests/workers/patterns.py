@@ -107,7 +107,9 @@ def a_closure():
                 assert len(calls) == 1 if kind is torch.optim.SGD else len(calls) > 1
                 assert_identical(model)
             results.append(flat(model.parameters()))
-        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+        # Sums in another order; LBFGS divides by differences of gradients, which makes their rounding large.
+        rtol, atol = (1e-5, 1e-6) if kind is torch.optim.SGD else (1e-3, 5e-4)
+        torch.testing.assert_close(results[1], results[0], rtol=rtol, atol=atol)
         assert torch.isfinite(results[2]).all() and not torch.equal(results[2], results[0])
 
 

@@ -325,6 +325,7 @@ class Flight(Generic[Handle]):
     def __init__(self, exchange: Exchange[Handle], gradients: Sequence[Tensor]) -> None:
         self._exchange = exchange
         self._gradients: Sequence[Tensor] | None = gradients
+        self._dtype = gradients[0].dtype
         self._pulling = False
         self.landed = False
         self._compressor, self._server_compressor = exchange.compressors()
@@ -374,6 +375,9 @@ class Flight(Generic[Handle]):
                 self._server_compressor.serve(
                     exchange.shard, pushed, self._compressor, exchange.options.weight, exchange.server, self._reply
                 )
+                if self._dtype == torch.float16:
+                    limit = torch.finfo(torch.float16).max
+                    self._server_compressor.keep_overflow(exchange.shard, self._reply, exchange.server, limit)
             exchange.server.step += 1
             exchange.totals.bytes_received += others * self._payload.shape[1]
             exchange.totals.bytes_sent += others * self._reply_nbytes

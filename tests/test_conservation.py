@@ -125,6 +125,26 @@ def test_sixty_four_workers(server):
         check_law(group, group.gradients(g))
 
 
+@pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
+@pytest.mark.parametrize("server", [None, 1])
+@every_pair
+def test_what_float16_cannot_hold_waits(pair, server, average):
+    """Errors make replies larger than any gradient; all gradients are as large as float16 holds, so that every code does."""
+    g = generator(4)
+    group = Group(pair, 2, server, average)
+    cut = False
+    for step in range(6):
+        own = [(torch.randn(size, generator=g) * 65504 * (step < 3)).clamp(-65504, 65504).half() for size in SIZES]
+        gradients = [own, [-x if step % 2 else x for x in own]]
+        before = group.given(gradients) + group.waiting()
+        output = group.step(gradients)
+        assert output.dtype == torch.float16 and output.isfinite().all()
+        cut = cut or bool((output.abs() == 65504).any())
+        difference = (before - output.double() - group.waiting()).abs()
+        assert (difference <= 2**-11 * output.double().abs() + TOLERANCE * before.abs().max()).all()
+    assert cut or any(isinstance(q, OneBit) for q in pair)  # whose values are means
+
+
 # ---- against the algorithm as the paper writes it
 
 

@@ -37,17 +37,17 @@ PAIRS = {
 
 
 def options(pusher, server, **more):
-    return Options(pusher, server, worker_error=True, server_error=True, weight=1 / WORKERS, **more)
+    return Options(pusher, server, worker_error=True, server_error=True, **{"weight": 1 / WORKERS} | more)
 
 
-def simulated(pusher, server, one_server, dtype, bad, **more):
+def simulated(pusher, server, one_server, dtype, bad, magnitude=1, **more):
     """Three steps, in the second of which worker 1 has gradients that are not finite; all that is left."""
     layout = pack(SIZES, math.lcm(pusher.block, server.block), 1 if one_server else WORKERS)
     simulation = Simulation(layout, options(pusher, server, **more), WORKERS, 0 if one_server else None)
     results = {}
     for step in range(3):
         g = generator(step)
-        gradients = [[torch.randn(n, generator=g).to(dtype) for n in SIZES] for _ in range(WORKERS)]
+        gradients = [[(torch.randn(n, generator=g) * magnitude).to(dtype) for n in SIZES] for _ in range(WORKERS)]
         if bad and step == 1:
             gradients[1][1][7], gradients[1][2][-1] = torch.nan, torch.inf
         simulation.step(gradients)
@@ -99,6 +99,16 @@ def test_warm_up(emulated):
     name = "gradients of worker 0 in step 0"
     torch.testing.assert_close(actual[name], expected[name])
     assert any("cast_serve" in launched for launched in emulated.launches)
+
+
+ONE_OF_EACH = [OneBit(96), Quantize(4), Ternary(96), Cast("bf16"), RandomK(0.5), TopK(0.05), Int8()]
+
+
+@pytest.mark.parametrize("pusher", ONE_OF_EACH, ids=str)
+def test_what_float16_cannot_hold_waits(pusher, emulated):
+    run = lambda: simulated(pusher, pusher, True, torch.float16, False, 15000, weight=1.0)  # noqa: E731
+    assert max(output.max() for name, output in run().items() if "gradients" in name) == 65504 or isinstance(pusher, OneBit)
+    compare(run)
 
 
 def test_no_compression_of_the_reply(emulated):

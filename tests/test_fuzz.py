@@ -139,12 +139,11 @@ def test_the_law_whatever_comes(run):
     gradients = [[[] for _ in range(STEPS)] for _ in range(workers)]
     given_ = [dict.fromkeys(names, 0.0) for _ in range(STEPS)]
     spoilt = random.randrange(workers), random.randrange(len(shapes))
-    if dtypes[spoilt[1]] is torch.float16 and spoils == 3e38:
-        spoils = None  # replies over 65504 are infinite once they are float16
     for worker, own in enumerate(gradients):
         for step in range(STEPS):
-            magnitude = 10.0 ** random.choice([-3, 0, 0, 0, 1])
-            own[step] = [(torch.randn(s, generator=g) * magnitude).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+            magnitude = random.choice([1e-3, 1, 1, 1, 10, 5e4])  # the last: as large as float16 holds
+            drawn = [(torch.randn(shape, generator=g) * magnitude).clamp(-65504, 65504) for shape in shapes]
+            own[step] = [values.to(dtype) for values, dtype in zip(drawn, dtypes, strict=True)]
             if frozen is not None and step in FROZEN:
                 own[step][frozen].zero_()
             if spoils is not None and step == SPOILT and worker == spoilt[0]:

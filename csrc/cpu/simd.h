@@ -47,7 +47,7 @@ inline void from_float(float x, Half* out) {
     const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, m = u & ~kSignBit;
     uint32_t h;
     if (m > 0x7f800000u) h = 0x7e00u | ((m >> 13) & 0x1ffu);
-    else if (m >= 0x477ff000u) h = 0x7c00u;  // 65520 and more round to infinity
+    else if (m >= 0x477ff000u) h = m < 0x7f800000u ? 0x7bffu : 0x7c00u;  // what is finite stays so
     else if (m >= 0x38800000u) h = (m + 0xfffu + ((m >> 13) & 1) - 0x38000000u) >> 13;
     else if (m < 0x33000000u) h = 0;  // under half of the smallest half denormal
     else {
@@ -75,7 +75,11 @@ inline F8 load(const BFloat16* p) {
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
 inline void store(float* p, F8 x) { _mm256_storeu_ps(p, x); }
-inline void store(Half* p, F8 x) {
+inline void store(Half* p, F8 x) {  // what is finite stays so
+    const F8 m = _mm256_andnot_ps(_mm256_set1_ps(-0.f), x), largest = _mm256_set1_ps(65504.f);
+    const F8 over = _mm256_and_ps(_mm256_cmp_ps(m, largest, _CMP_GT_OQ),
+                                  _mm256_cmp_ps(m, _mm256_set1_ps(float_of(kMaxFinite)), _CMP_LE_OQ));
+    x = _mm256_blendv_ps(x, _mm256_or_ps(largest, _mm256_and_ps(_mm256_set1_ps(-0.f), x)), over);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store(BFloat16* p, F8 x) {

@@ -26,11 +26,9 @@ inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(
 inline const uint32_t* counts_in(const uint8_t* chunk) { return reinterpret_cast<const uint32_t*>(chunk); }
 inline int64_t run_numel(const Layout& layout, int64_t run) { return std::min(kRun, layout.shard_numel - run * kRun); }
 
-// What arrives of a value that is sent as fp16: its nearest half, which never overflows.
 inline Half half_of(float v) {
     Half h;
-    const float limit = 65504.f;
-    from_float(v > limit ? limit : v < -limit ? -limit : v, &h);
+    from_float(v, &h);
     return h;
 }
 

@@ -87,7 +87,7 @@ __device__ inline void from_float(float x, Half* out) {
     const u32 u = bits_of(x), sign = (u >> 16) & 0x8000u, m = u & ~kSignBit;
     u32 h;
     if (m > 0x7f800000u) h = 0x7e00u | ((m >> 13) & 0x1ffu);
-    else if (m >= 0x477ff000u) h = 0x7c00u;  // 65520 and more round to infinity
+    else if (m >= 0x477ff000u) h = m < 0x7f800000u ? 0x7bffu : 0x7c00u;  // what is finite stays so
     else if (m >= 0x38800000u) h = (m + 0xfffu + ((m >> 13) & 1) - 0x38000000u) >> 13;
     else if (m < 0x33000000u) h = 0;  // under half of the smallest half denormal
     else {

@@ -212,7 +212,7 @@ __device__ inline float send_value(const RandomK& codec, u8* chunks, i64 chunk, 
     u8* values = chunks + chunk * codec.chunk_bytes + sizeof(Header);
     if (!codec.half) return reinterpret_cast<float*>(values)[stratum] = v;
     Half* half = reinterpret_cast<Half*>(values) + stratum;
-    from_float(is_finite(v) ? limited(v, largest_of(half)) : v, half);
+    from_float(v, half);
     return to_float(*half);
 }
 // What goes in front of the values; by one thread a shard, once it is known whether the shard is finite.

@@ -411,7 +411,7 @@ struct Ranks {
 
 __device__ inline Half half_of(float v) {
     Half h;
-    from_float(is_finite(v) ? limited(v, 65504.f) : v, &h);
+    from_float(v, &h);
     return h;
 }
 

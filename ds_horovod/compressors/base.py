@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.formats import align
+from ..kernels.reference import put
 from ..layout import Layout, pack
 from ..memory import Memory
 
@@ -123,7 +125,7 @@ class Compressor(ABC):
         for pieces, chunk in zip(layout.pieces, chunks, strict=True):
             values = self._chunk_values(chunk, sum(p.numel for p in pieces))
             for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
-                gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = part
+                put(gradients, piece, part)
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
@@ -139,11 +141,12 @@ class Compressor(ABC):
             self.accumulate(layout, chunk, weight, total)
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        """Whether all values that the chunks stand for are finite and, for a limit of `TAME`, no larger.
+        """Whether all values that the chunks stand for are finite and no larger than a limit. False too if nobody knows.
 
         The host asks: on a GPU it waits for the answer.
         """
-        return not (chunks[:, 0] == _NOT_FINITE).any() and (limit > TAME or not (chunks[:, 0] == _LARGE).any())
+        known = {_TAME: TAME, _LARGE: LARGEST}
+        return all(known.get(flag, math.inf) <= limit for flag in chunks[:, 0].tolist())
 
     def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
         """The server pass: v = error + weight * sum_i Q_i; payload = Q[v]; error = v - Q[v].
@@ -176,6 +179,16 @@ class Compressor(ABC):
                 here = slice(offset, offset + len(values))
                 kept = total[here]
                 kept.copy_(torch.where(values.isfinite() & kept.isfinite(), kept, before[here]))
+
+    def keep_overflow(self, layout: Layout, chunk: Tensor, memory: Memory, limit: float) -> None:
+        """error += what of the reply is over a limit, and will not arrive, since the gradients' dtype ends there."""
+        if memory.error is None or (kernels.for_device(chunk.device).HOST and self.is_within(layout, chunk[None], limit)):
+            return
+        replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
+        self.decode(layout, chunk[None], replied)
+        for offset, values in zip(layout.offsets, replied, strict=True):
+            over = values - values.clamp(-limit, limit)
+            memory.error[offset : offset + len(values)] += over.masked_fill_(~values.isfinite(), 0.0)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 - nothing is a fine default
         """Makes ready what takes long, before the first pass over a layout."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.formats import CastFormat
+from ..kernels.reference import put
 from ..layout import Layout
 from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
@@ -60,8 +61,7 @@ class NoCompression(FusedCompressor):
         for pieces, chunk in zip(layout.pieces, chunks, strict=True):
             values = chunk.view(torch.float32)
             for piece in pieces:
-                target = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
-                target.copy_(values[piece.offset : piece.offset + piece.numel])
+                put(gradients, piece, values[piece.offset : piece.offset + piece.numel])
 
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         device = kernels.for_device(chunk.device)

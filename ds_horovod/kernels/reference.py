@@ -29,7 +29,7 @@ from .formats import (
 
 HOST = True  # as in `cpu`
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_LARGEST_HALF = torch.finfo(torch.float16).max
+LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
 
@@ -66,6 +66,14 @@ def corrected(
 def of_piece(layout: Layout, shard: int, piece: Piece, flat: Tensor | None) -> Tensor | None:
     """The part of a bucket's flat array that belongs to a piece."""
     return None if flat is None else flat[shard * layout.shard_numel + piece.offset :][: piece.numel]
+
+
+def put(gradients: Sequence[Tensor], piece: Piece, values: Tensor) -> None:
+    """Writes float32 values where a piece lies, rounded to the gradients' dtype; in float16 what is finite stays so."""
+    target = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
+    if target.dtype == torch.float16:
+        values = torch.where(values.isfinite(), values.clamp(-LARGEST_HALF, LARGEST_HALF), values)
+    target.copy_(values)
 
 
 # ---- random numbers
@@ -159,7 +167,7 @@ def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradien
     """gradients = the values that the chunks stand for."""
     for shard, pieces in enumerate(layout.pieces):
         for piece, values in zip(pieces, _one_bit_values(format, pieces, chunks[shard]), strict=True):
-            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = values
+            put(gradients, piece, values)
 
 
 def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
@@ -335,7 +343,7 @@ def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, grad
     for shard, pieces in enumerate(layout.pieces):
         for piece in pieces:
             values = _quantized_values(format, piece, chunks[shard])
-            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = values
+            put(gradients, piece, values)
 
 
 def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
@@ -410,7 +418,7 @@ def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: S
         values = _cast_view(format, chunk).float()
         for piece in pieces:
             own = values[piece.offset : piece.offset + piece.numel]
-            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = own
+            put(gradients, piece, own)
 
 
 def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
@@ -458,7 +466,7 @@ def random_k_encode(
         values = _random_k_values(format, chunks[shard])
         if finite.all():
             where = _drawn(format, layout, header)
-            values.copy_(v[where] if format.values == "fp32" else v[where].clamp(-_LARGEST_HALF, _LARGEST_HALF))
+            values.copy_(v[where] if format.values == "fp32" else v[where].clamp(-LARGEST_HALF, LARGEST_HALF))
             entries = real[where]
             rest[where[entries]] = flush(flush(v[where]) - flush(values.float()))[entries]
             u[where[entries]] = 0.0
@@ -510,7 +518,7 @@ def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradi
     for shard, pieces in enumerate(layout.pieces):
         for piece in pieces:
             own = dense[shard, piece.offset : piece.offset + piece.numel]
-            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = own
+            put(gradients, piece, own)
 
 
 def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
@@ -590,7 +598,7 @@ def _write_entries(format: TopKFormat, layout: Layout, chunk: Tensor, where: Ten
     arrives = values.clone()
     if format.values != "sign":
         if format.values == "fp16":
-            values = values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
+            values = values.clamp(-LARGEST_HALF, LARGEST_HALF).half()
             arrives = values.float()
         chunk[format.values_at : format.values_at + len(values) * values.element_size()] = values.view(torch.uint8)
     first = scale_at = upper_at = low_at = 0
@@ -646,7 +654,7 @@ def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: 
     for shard, pieces in enumerate(layout.pieces):
         for piece in pieces:
             values = dense[shard, piece.offset : piece.offset + piece.numel]
-            gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel] = values
+            put(gradients, piece, values)
 
 
 def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:

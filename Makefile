@@ -24,11 +24,13 @@ loopback_args := --num-warmup-batches 1 --num-batches-per-iter 1 --num-iters 2
 train_args := --epochs 2
 bandwidth_args := --quick
 learning_args := --steps 5 --recipes none quantize-4
+long_args := --steps 6 --recipes none quantize-4
 timed_args := --quick --methods noop none quantize-4
 speedup_args := --workers 1 2 --seeds 0 --recipes none onebit
 else
 learning_args := --seeds 0 1 2
-timed_args := --methods noop none fp16 onebit quantize-4 topk-1% sign-4.5% ddp-powersgd-1 ddp-powersgd-4
+long_args := --steps 3600 --recipes none quantize-4 sign-4.5%-momentum-lr-1.67
+timed_args := --methods noop none fp16 onebit quantize-4 topk-1% sign-4.5% sign-18% ddp-powersgd-1 ddp-powersgd-4
 loopback_args := --num-warmup-batches 3 --num-batches-per-iter 4 --num-iters 6
 ifeq ($(RESULTS),benchmarks/results)
 page := docs/results.md
@@ -63,6 +65,7 @@ results: setup $(addprefix $(RESULTS)/,kernels-cpu.json loopback-mlp-2.json loop
 		--rates 1gbit 100mbit $(timed_args)
 	$(bin)/python benchmarks/convergence.py --task digits --workers 4 8 --json $(RESULTS)/convergence-digits.json $(learning_args)
 	$(bin)/python benchmarks/convergence.py --task gpt-sgd --json $(RESULTS)/convergence-gpt-sgd.json $(learning_args)
+	$(bin)/python benchmarks/convergence.py --task gpt-sgd --json $(RESULTS)/convergence-gpt-sgd-3600.json $(long_args)
 	$(bin)/python benchmarks/convergence.py --task gpt-adamw --json $(RESULTS)/convergence-gpt-adamw.json $(learning_args)
 	$(bin)/python benchmarks/speedup.py --json $(RESULTS)/speedup.json $(speedup_args)
 	$(bin)/python benchmarks/model.py $(RESULTS)/bandwidth.json --json $(RESULTS)/model.json

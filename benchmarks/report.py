@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,8 @@ def training_table(training: Json) -> str:
 
 def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
     """The section about learning."""
-    tasks = [results[name] for name in (f"convergence-{task}" for task in TITLES) if name in results and results[name]["cells"]]
-    if not tasks:
+    names = [n for task in TITLES for n in results if re.fullmatch(rf"convergence-{task}(-\d+)?", n) and results[n]["cells"]]
+    if not names:
         return
     yield "## Learning"
     yield (
@@ -268,16 +269,18 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
         "Metrics are means over seeds, with half of the range between them. *Minutes*: until the smoothed training loss is "
         "within 2 % of where uncompressed training ends, by the steps that a cluster of 4 hosts takes."
     )
-    for content in tasks:
+    for name in names:
+        content = results[name]
         settings, cell = content["settings"], content["cells"][0]
-        name = f"convergence-{settings['task']}"
-        yield f"### {TITLES[settings['task']]}"
+        longer = name.removeprefix(f"convergence-{settings['task']}-").isdecimal()
+        yield f"### {TITLES[settings['task']]}" + f", {settings['steps']} steps" * longer
         yield (
             f"{settings['parameters']:,} parameters; {settings['data']}; {settings['optimizer']}; batches of "
             f"{settings['batch_size']}; {settings['steps']} steps. {cell['machine']['processor']}, "
             f"torch {cell['versions']['torch']}; {cell['date'][:10]}; "
             f"`python benchmarks/convergence.py --task {settings['task']} --workers WORKERS --recipes RECIPE --seeds 0 .. "
-            "--json FILE` gives a row, and under `horovodrun -np WORKERS` one of DDP"
+            + f"--steps {settings['steps']} " * longer
+            + "--json FILE` gives a row, and under `horovodrun -np WORKERS` one of DDP"
         )
         yield f"![Training loss over steps, bytes and time](FIGURES/{name}.svg)"
         yield table(header(content), list(rows(content, results.get("steps-gpt-small"))))

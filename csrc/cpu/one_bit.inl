@@ -101,9 +101,8 @@ inline float scale_of(float sum, int64_t count, bool l2) {
     return l2 ? std::sqrt(mean) : mean;
 }
 
-// error = v - scale * sign(v), or, where v is not finite, the error stays and the block travels as NaN. `ahead` is what
-// the next block will read: fetching it here keeps the memory busy while this block is worked on in the cache.
-inline void settle(float& scale, const float* staged, float* error, uint8_t* bits, int64_t count, const void* ahead) {
+// error = v - scale * sign(v), or, where v is not finite, the error stays and the block travels as NaN.
+inline void settle(float& scale, const float* staged, float* error, uint8_t* bits, int64_t count) {
     if (!(scale <= float_of(kMaxFinite))) {
         scale = float_of(kNaN);
         std::memset(bits, 0, size_t(ceil_div(count, kRow) * kRow / 8));
@@ -111,11 +110,8 @@ inline void settle(float& scale, const float* staged, float* error, uint8_t* bit
     }
     if (!error) return;
     const F8 s = splat(scale);
-    const char *next_gradient = static_cast<const char*>(ahead), *next_error = reinterpret_cast<const char*>(error + count);
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        if (next_gradient) prefetch(next_gradient + 4 * i);
-        prefetch(next_error + 4 * i);
         const F8 v0 = load(staged + i), v1 = load(staged + i + 8);
         store(error + i, sub(v0, with_sign_of(s, v0)));
         store(error + i + 8, sub(v1, with_sign_of(s, v1)));
@@ -134,7 +130,7 @@ void encode_blocks(const OneBit& codec, const Layout& layout, const void* const*
             const G* g = gradients ? static_cast<const G*>(gradients[i]) + first : nullptr;
             float* e = memory.error ? memory.error + position : nullptr;
             float scale = scale_of(stage(codec.l2, g, e, count, staged.data(), bits), count, codec.l2);
-            settle(scale, staged.data(), e, bits, count, g ? g + count : nullptr);
+            settle(scale, staged.data(), e, bits, count);
             *scale_in(chunk, inside / codec.block) = scale;
         });
     });
@@ -188,7 +184,7 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
             uint8_t* bits = chunk + codec.bits_at + (position - at.shard * layout.shard_numel) / 8;
             float scale = *scale_in(chunk, at.slot);
             stage_block(i, first, count, position, staged.data(), bits);
-            settle(scale, staged.data(), memory.error ? memory.error + position : nullptr, bits, count, nullptr);
+            settle(scale, staged.data(), memory.error ? memory.error + position : nullptr, bits, count);
         });
     });
     for (const Block& at : blocks) {  // every thread has read the scales: name the non-finite ones alike
@@ -225,6 +221,7 @@ void serve_blocks(const OneBit& codec, const Layout& layout, const uint8_t* push
             const float sum = stage_rows<L2>(
                 count, staged.data(), bits,
                 [=](int64_t i, F8* v) {
+                    if (e) prefetch(e + i + kAhead), prefetch(e + i + kAhead + kRow / 2);
                     for (int q = 0; q < 4; q++) v[q] = e ? load(e + i + 8 * q) : splat(0);
                     const uint8_t* row = from + i / 8;
                     for (int64_t w = 0; w < workers; w++, row += stride) {
@@ -240,7 +237,7 @@ void serve_blocks(const OneBit& codec, const Layout& layout, const uint8_t* push
                     return v;
                 });
             float scale = scale_of(sum, count, L2);
-            settle(scale, staged.data(), e, bits, count, nullptr);
+            settle(scale, staged.data(), e, bits, count);
             *scale_in(chunk, slot) = scale;
         });
     });

@@ -20,7 +20,6 @@ constexpr int64_t kEntries = 64;   // entries that share a magnitude, where only
 constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
 
 constexpr int64_t kTile = 2048;   // elements that are worked on in the first-level cache
-constexpr int64_t kAhead = 1024;  // elements between what is worked on and what is being fetched
 
 inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(chunk); }
 inline const uint32_t* counts_in(const uint8_t* chunk) { return reinterpret_cast<const uint32_t*>(chunk); }

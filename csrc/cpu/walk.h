@@ -11,6 +11,8 @@ namespace {
 // Bytes from which gradients would not stay in the caches until somebody reads them: they are written past them.
 constexpr int64_t kLarge = int64_t(4) << 20;
 
+constexpr int64_t kAhead = 1024;  // elements between what is worked on and what is being fetched, where the processor needs help
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // visit(tensor, first, count, position) for part `part` of `parts` of all blocks, in order: `count` elements of the

@@ -37,7 +37,7 @@ const char* top_k_fault(const TopK& codec, const Layout& layout, const uint8_t* 
             if (count > codec.k - at.entries) return "counts exceed k";
             const char* fault = nullptr;
             int64_t previous = -1;
-            const int64_t found = read_offsets(codec, chunk, at, numel, count, [&](int64_t, int64_t offset, bool) {
+            const int64_t found = read_offsets(codec, chunk, at, numel, count, [&](int64_t, int64_t offset, uint32_t) {
                 const int64_t position = shard * layout.shard_numel + begin + offset;
                 if (offset <= previous) fault = "offsets do not ascend";
                 else if (offset >= numel) fault = "offset past the end of its shard";

@@ -20,6 +20,7 @@ constexpr int64_t kEntries = 64;   // entries that share a magnitude, where only
 constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
 
 constexpr int64_t kTile = 2048;   // elements that are worked on in the first-level cache
+constexpr int64_t kAheadOfEntries = 32;
 
 inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(chunk); }
 inline const uint32_t* counts_in(const uint8_t* chunk) { return reinterpret_cast<const uint32_t*>(chunk); }
@@ -91,7 +92,7 @@ private:
     int64_t bit_ = 0;
 };
 
-// visit(entry, offset, negative) for the entries of a run. Returns how many there are: of a corrupted payload not
+// visit(entry, offset, sign bit of a float) for the entries of a run. Returns how many there are: of a corrupted payload not
 // `count`, of which it visits no more, at offsets that may be anything up to twice a run.
 template <class Visit>
 inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
@@ -110,7 +111,7 @@ inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place
             if (entry >= count) continue;
             const int64_t row = 8 * i + __builtin_ctzll(word) - spread * entry;
             const uint32_t field = low.take();
-            visit(entry, (row << b) | (field & low_mask), (field >> b & 1) != 0);
+            visit(entry, (row << b) | (field & low_mask), (field >> b & 1) << 31);
         }
     }
     return entry;
@@ -122,17 +123,17 @@ inline void read_run(const TopK& codec, const uint8_t* chunk, const Place& at, i
     const auto* scales = reinterpret_cast<const BFloat16*>(chunk + codec.scales_at + at.scales);
     const auto* full = reinterpret_cast<const float*>(chunk + codec.values_at) + at.entries;
     const auto* half = reinterpret_cast<const Half*>(chunk + codec.values_at) + at.entries;
-    read_offsets(codec, chunk, at, numel, count, [&](int64_t entry, int64_t offset, bool negative) {
+    read_offsets(codec, chunk, at, numel, count, [&](int64_t entry, int64_t offset, uint32_t sign) {
         offsets[entry] = uint16_t(offset);
-        values[entry] = negative ? -1.f : 1.f;
+        values[entry] = float_of(sign);
     });
     switch (codec.values) {
         case Values::fp32: std::memcpy(values, full, size_t(count) * sizeof(float)); break;
         case Values::fp16: for (int64_t i = 0; i < count; i++) values[i] = to_float(half[i]); break;
         case Values::sign:
-            for (int64_t i = 0; i < count; i++) {
-                const float scale = to_float(scales[i / kEntries]);
-                values[i] = values[i] < 0.f ? -scale : scale;
+            for (int64_t i = 0; i < count; i += kEntries) {  // without a branch: signs cannot be predicted
+                const uint32_t scale = bits_of(to_float(scales[i / kEntries]));
+                for (int64_t j = i; j < std::min(i + kEntries, count); j++) values[j] = float_of(scale ^ bits_of(values[j]));
             }
     }
 }
@@ -528,7 +529,10 @@ private:
         const bool settle_error = error_ && (in_error || codec_.values == Values::sign);
         const bool settle_velocity = velocity_ && in_error;
         write_runs(first_run(t), first_run(t + 1), at, begin, end, [&](const Candidate& c, float arrives) {
-            if (settle_error) error_[base_ + c.position] = c.value - arrives;
+            if (settle_error) {
+                if (end - &c > kAheadOfEntries) prefetch(error_ + base_ + (&c + kAheadOfEntries)->position);
+                error_[base_ + c.position] = c.value - arrives;
+            }
             if (settle_velocity) velocity_[base_ + c.position] = 0.f;
         });
     }
@@ -626,7 +630,10 @@ void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* ch
         for (int64_t run = runs * t / threads; run < runs * (t + 1) / threads; run++) {
             const int64_t count = counts_in(chunk)[run];
             read_run(codec, chunk, begins[size_t(run)], run_numel(layout, run), count, offsets.data(), values.data());
-            for (int64_t i = 0; i < count; i++) sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
+            for (int64_t i = 0; i < count; i++) {
+                if (i + kAheadOfEntries < count) prefetch(sum + run * kRun + offsets[size_t(i + kAheadOfEntries)]);
+                sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
+            }
         }
     });
 }

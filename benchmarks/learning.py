@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -156,19 +156,18 @@ def both_ways(content: Json) -> str:
 
 def efficiencies(cells: Sequence[Json]) -> list[dict[str, Any]]:
     """Of each recipe and number of workers: ``steps``, mean over the seeds; ``efficiency``: steps of one worker over n times
-    those; ``relative``: efficiency over that of uncompressed SGD with as many workers.
+    those; ``relative``: efficiency over that of uncompressed SGD with as many workers; all with the same seeds.
 
     One worker compresses nothing, so that its steps are those of uncompressed SGD for every recipe. None is what cannot be
     said: a run has not reached the target, or is not there.
     """
-    runs: dict[tuple[str, int], list[int | None]] = {}
+    runs: dict[tuple[str, int], dict[int, int | None]] = {}
     for cell in cells:
-        runs.setdefault((cell["recipe"], cell["workers"]), []).append(cell["steps"])
-    steps = {key: None if None in own else statistics.fmean(own) for key, own in runs.items()}
-    one = steps.get(("none", 1))
+        runs.setdefault((cell["recipe"], cell["workers"]), {})[cell["seed"]] = cell["steps"]
     found = []
-    for (recipe, workers), mean in sorted(steps.items()):
-        uncompressed = steps.get(("none", workers))
+    for (recipe, workers), own in sorted(runs.items()):
+        compared = (recipe, workers), ("none", 1), ("none", workers)
+        mean, one, uncompressed = (_mean_steps(runs.get(key, {}), own) for key in compared)
         found.append(
             {
                 "recipe": recipe,
@@ -179,6 +178,12 @@ def efficiencies(cells: Sequence[Json]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _mean_steps(runs: Mapping[int, int | None], seeds: Iterable[int]) -> float | None:
+    """Over some seeds; None where one is not there, or has not reached the target."""
+    steps = [runs.get(seed) for seed in seeds]
+    return None if None in steps else statistics.fmean(steps)
 
 
 # ---- advice

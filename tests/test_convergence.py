@@ -433,7 +433,7 @@ def test_efficiency():
     cells += [cell("onebit", 4, 0, 300), cell("onebit", 4, 1, 325), cell("onebit", 8, 0, 100), cell("topk-1%", 4, 0, None)]
     found = {(e["recipe"], e["workers"]): (e["steps"], e["efficiency"], e["relative"]) for e in speedup.efficiencies(cells)}
     assert found["none", 1] == (1000, 1.0, 1.0) and found["none", 4] == (250, 1.0, 1.0)
-    assert found["onebit", 4] == (312.5, 0.8, 0.8) and found["onebit", 8] == (100, 1.25, None)
+    assert found["onebit", 4] == (312.5, 0.8, 0.8) and found["onebit", 8] == (100, 1.125, None)  # beside the same seed
     assert found["topk-1%", 4] == (None, None, None)
     assert "topk-1%" in speedup.summary(cells)
 

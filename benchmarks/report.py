@@ -257,7 +257,8 @@ def training_table(training: Json) -> str:
 
 def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
     """The section about learning."""
-    names = [n for task in TITLES for n in results if re.fullmatch(rf"convergence-{task}(-\d+)?", n) and results[n]["cells"]]
+    held = sorted((name for name, content in results.items() if content.get("cells")), key=len)
+    names = [name for task in TITLES for name in held if re.fullmatch(rf"convergence-{task}(-\d+)?", name)]
     if not names:
         return
     yield "## Learning"

@@ -247,12 +247,11 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
             return None
         if session is not None:
             _require_scaled(self, squeeze.grad_scaler)
+            _require_hooked(self)
         else:
             _follow(self)
             if squeeze.max_norm is not None:
                 clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm * squeeze.units.scale)
-        if session is not None:
-            _require_hooked(self)
         original(self)
         for name, p in named:
             if p.grad is not None and (session is None or not session.covers(p)):

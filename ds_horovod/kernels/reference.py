@@ -29,7 +29,7 @@ from .formats import (
 
 HOST = True  # as in `cpu`
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-LARGEST_HALF = torch.finfo(torch.float16).max
+_LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
 
@@ -72,7 +72,7 @@ def put(gradients: Sequence[Tensor], piece: Piece, values: Tensor) -> None:
     """Writes float32 values where a piece lies, rounded to the gradients' dtype; in float16 what is finite stays so."""
     target = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
     if target.dtype == torch.float16:
-        values = torch.where(values.isfinite(), values.clamp(-LARGEST_HALF, LARGEST_HALF), values)
+        values = torch.where(values.isfinite(), values.clamp(-_LARGEST_HALF, _LARGEST_HALF), values)
     target.copy_(values)
 
 
@@ -466,7 +466,7 @@ def random_k_encode(
         values = _random_k_values(format, chunks[shard])
         if finite.all():
             where = _drawn(format, layout, header)
-            values.copy_(v[where] if format.values == "fp32" else v[where].clamp(-LARGEST_HALF, LARGEST_HALF))
+            values.copy_(v[where] if format.values == "fp32" else v[where].clamp(-_LARGEST_HALF, _LARGEST_HALF))
             entries = real[where]
             rest[where[entries]] = flush(flush(v[where]) - flush(values.float()))[entries]
             u[where[entries]] = 0.0
@@ -598,7 +598,7 @@ def _write_entries(format: TopKFormat, layout: Layout, chunk: Tensor, where: Ten
     arrives = values.clone()
     if format.values != "sign":
         if format.values == "fp16":
-            values = values.clamp(-LARGEST_HALF, LARGEST_HALF).half()
+            values = values.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()
             arrives = values.float()
         chunk[format.values_at : format.values_at + len(values) * values.element_size()] = values.view(torch.uint8)
     first = scale_at = upper_at = low_at = 0

@@ -48,8 +48,8 @@ class Recipe:
     """A way to exchange gradients. With neither of the two, their average is taken."""
 
     squeeze: Callable[..., DoubleSqueeze] | None = None
-    momentum: bool = False
-    """Whether DoubleSqueeze takes the optimizer's momentum over: momentum correction."""
+    momentum: float = 0.0
+    """Of DoubleSqueeze, which takes the optimizer's over: momentum correction. 0: it does not."""
     powersgd: int | None = None
     """Rank of DDP's PowerSGD, under horovodrun only."""
     lr: float = 1.0
@@ -58,8 +58,7 @@ class Recipe:
     def make_squeeze(self, task: Task) -> DoubleSqueeze:
         """A DoubleSqueeze for one worker of a task."""
         assert self.squeeze is not None
-        momentum = {"momentum": task.momentum} if self.momentum else {}
-        return self.squeeze(max_norm=task.max_norm, **momentum)
+        return self.squeeze(max_norm=task.max_norm, momentum=self.momentum)
 
     def optimizer(self, task: Task, model: nn.Module) -> torch.optim.Optimizer:
         """The task's, without momentum where DoubleSqueeze takes it over."""
@@ -73,7 +72,7 @@ class Recipe:
         return (f"DDP PowerSGD, rank {self.powersgd}, from step {POWERSGD_START}" if self.powersgd else "average") + rate
 
 
-def _squeeze(*compressor: Any, momentum: bool = False, lr: float = 1.0, **options: Any) -> Recipe:
+def _squeeze(*compressor: Any, momentum: float = 0.0, lr: float = 1.0, **options: Any) -> Recipe:
     return Recipe(functools.partial(DoubleSqueeze, *compressor, **options), momentum, lr=lr)
 
 
@@ -91,20 +90,27 @@ RECIPES: dict[str, Recipe] = {
     "mem-sgd": _squeeze(TopK(0.01), server_compressor=NoCompression()),
     "qsgd": _squeeze(Quantize(bits=4, block=256, rounding="stochastic", scale="l2"), worker_error=False, server_error=False),
     "ternary": _squeeze(Ternary()),
-    "ternary-momentum": _squeeze(Ternary(), momentum=True),
+    "ternary-momentum": _squeeze(Ternary(), momentum=0.9),
     "quantize-3": _squeeze(Quantize(bits=3)),
     "quantize-4": _squeeze(Quantize(bits=4)),
     "quantize-8": _squeeze(Quantize(bits=8)),
     "randomk-1%": _squeeze(RandomK(0.01)),
-    "topk-1%-momentum": _squeeze(TopK(0.01), momentum=True),
-    "topk-5%-momentum": _squeeze(TopK(0.05), momentum=True),
-    "sign-4.5%-momentum": _squeeze(TopK(0.045, values="sign"), momentum=True),
-    "sign-4.5%-momentum-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=True, lr=1.67),
+    "topk-1%-momentum": _squeeze(TopK(0.01), momentum=0.9),
+    "topk-5%-momentum": _squeeze(TopK(0.05), momentum=0.9),
+    "sign-4.5%-momentum": _squeeze(TopK(0.045, values="sign"), momentum=0.9),
+    "sign-4.5%-momentum-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=0.9, lr=1.67),
+    "sign-4.5%-momentum-0.6": _squeeze(TopK(0.045, values="sign"), momentum=0.6),
+    "sign-4.5%-momentum-0.6-lr-1.67": _squeeze(TopK(0.045, values="sign"), momentum=0.6, lr=1.67),
+    "sign-6%-reply-3%-momentum-0.6": _squeeze(
+        TopK(0.06, values="sign"), server_compressor=TopK(0.03, values="sign"), momentum=0.6
+    ),
+    "sign-3%-reply-6%-momentum": _squeeze(TopK(0.03, values="sign"), server_compressor=TopK(0.06, values="sign"), momentum=0.9),
+    "sign-18%-momentum-0.6": _squeeze(TopK(0.18, values="sign"), momentum=0.6),
     "onebit-lr-aware": _squeeze(OneBit(), lr_aware=True),
     "quantize-4-lr-aware": _squeeze(Quantize(bits=4), lr_aware=True),
-    "sign-4.5%-momentum-lr-aware": _squeeze(TopK(0.045, values="sign"), momentum=True, lr_aware=True),
-    "sign-18%-momentum-lr-3": _squeeze(TopK(0.18, values="sign"), momentum=True, lr=3.0),
-    "sign-18%-momentum": _squeeze(TopK(0.18, values="sign"), momentum=True),
+    "sign-4.5%-momentum-lr-aware": _squeeze(TopK(0.045, values="sign"), momentum=0.9, lr_aware=True),
+    "sign-18%-momentum-lr-3": _squeeze(TopK(0.18, values="sign"), momentum=0.9, lr=3.0),
+    "sign-18%-momentum": _squeeze(TopK(0.18, values="sign"), momentum=0.9),
     "cast-bf16": _squeeze(Cast("bf16")),
     "ddp-powersgd-1": Recipe(powersgd=1),
     "ddp-powersgd-4": Recipe(powersgd=4),

@@ -24,7 +24,7 @@ TITLES = {
 
 def timed_method(recipe: str) -> str:
     """What `methods.py` calls a recipe: momentum and compensation change nothing that takes time."""
-    return re.sub(r"-(momentum|lr-[\d.]+|lr-aware|uncompensated|warm)(?=-|$)", "", recipe)
+    return re.sub(r"-(momentum(-0[\d.]+)?|lr-[\d.]+|lr-aware|uncompensated|warm)(?=-|$)", "", recipe)
 
 
 def groups(content: Json) -> dict[tuple[int, str], list[Json]]:

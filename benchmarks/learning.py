@@ -193,9 +193,14 @@ ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("for comparison", "none", dict.fromkeys(TITLES, "none")),
     ("any network, any model: the default", "`DoubleSqueeze`", dict.fromkeys(TITLES, "quantize-4")),
     (
-        "slow networks: the optimizer's own momentum (of Adam: beta1) 0, and with SGD 5/3 of the learning rate",
+        "slow networks, SGD: the optimizer's own momentum 0, and 5/3 of the learning rate",
         '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)`',
-        {"digits": "sign-4.5%-momentum", "gpt-sgd": "sign-4.5%-momentum-lr-1.67", "gpt-adamw": "sign-4.5%-momentum"},
+        {"digits": "sign-4.5%-momentum", "gpt-sgd": "sign-4.5%-momentum-lr-1.67"},
+    ),
+    (
+        "slow networks, Adam: its beta1 0",
+        '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.6)`',
+        {"gpt-adamw": "sign-4.5%-momentum-0.6"},
     ),
     (
         "the same where three times the bytes are no matter: with Adam it ends best",

@@ -21,7 +21,9 @@ import torch
 from common import Cells
 from convergence import RECIPES, InProcess, Recipe
 from horovod_jobs import horovodrun
+from learning import ADVICE
 
+import ds_horovod
 from ds_horovod import TopK
 
 
@@ -268,6 +270,17 @@ def test_momentum_is_in_one_place():
             assert (own, theirs) == ((0.0, recipe.momentum) if recipe.momentum else (task.momentum, 0.0))
             if recipe.squeeze:
                 assert recipe.make_squeeze(task).max_norm == task.max_norm
+
+
+@pytest.mark.parametrize(("what", "name"), sorted({(what, name) for _, what, runs in ADVICE for name in runs.values()}))
+def test_what_is_advised_is_what_was_run(what, name):
+    recipe = RECIPES[name]
+    if not what.startswith("`"):
+        assert recipe.squeeze is None
+        return
+    advised = eval(what.strip("`"), dict(vars(ds_horovod)))
+    advised = advised() if isinstance(advised, type) else advised
+    assert repr(advised) == repr(recipe.squeeze(momentum=recipe.momentum))
 
 
 def test_bytes_of_a_run():

@@ -264,10 +264,12 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
     yield "## Learning"
     yield (
         "The same steps, data and learning rates for all recipes (`benchmarks/convergence.py` says what they are; *lr-x* is x "
-        "times the learning rate, which is as good as any for uncompressed training, as its own row says); "
+        "times the learning rate, and *none-lr-x* what that does to uncompressed training: with SGD it gains nothing, with "
+        "AdamW it would gain as well); "
         "n workers, most of them in one process, with the exchange that they would run under Horovod. *Bits per compressed "
         "element* are those of what is compressed, mean of push and reply; biases and norms travel beside it as they are. "
-        "Metrics are means over seeds, with half of the range between them. *Minutes*: until the smoothed training loss is "
+        "Metrics are means over seeds, with half of the range between them, and compared with uncompressed training with the "
+        "same seeds. *Minutes*: until the smoothed training loss is "
         "within 2 % of where uncompressed training ends, by the steps that a cluster of 4 hosts takes."
     )
     for name in names:

@@ -203,7 +203,7 @@ ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"gpt-adamw": "sign-4.5%-momentum-0.6"},
     ),
     (
-        "the same where three times the bytes are no matter: with Adam it ends best",
+        "Adam, its beta1 0, where three times the bytes are no matter",
         '`DoubleSqueeze(TopK(0.18, values="sign"), momentum=0.9)`',
         {"gpt-adamw": "sign-18%-momentum"},
     ),

@@ -43,8 +43,8 @@ from common import new_file, positive, table, write_json
 from torch import Tensor
 
 from ds_horovod.compressors import Cast, Compressor, OneBit, Quantize, RandomK, Ternary, TopK
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 WORKERS = 8
 COPIED = 100_000_000  # elements of the floor
@@ -101,8 +101,8 @@ class Bucket:
         self.codec, self.gradients, device = codec, [gradient], gradient.device
         self.layout = pack([gradient.numel()], codec.block, WORKERS)
         self.shard = self.layout.shard(0)
-        self.worker = Memory(torch.zeros(self.layout.numel, device=device))
-        self.server = Memory(torch.zeros(self.layout.shard_numel, device=device))
+        self.worker = FeedbackState(torch.zeros(self.layout.numel, device=device))
+        self.server = FeedbackState(torch.zeros(self.layout.shard_numel, device=device))
         self.payload = torch.zeros(WORKERS, codec.chunk_nbytes(self.layout), dtype=torch.uint8, device=device)
         self.reply = torch.zeros(codec.chunk_nbytes(self.layout), dtype=torch.uint8, device=device)
         self.out = [torch.empty_like(gradient)]
@@ -147,7 +147,7 @@ class Bucket:
             return False
         if not on_cpu:
             return True
-        memory, payload = Memory(before.cpu()), torch.zeros(self.payload.shape, dtype=torch.uint8)
+        memory, payload = FeedbackState(before.cpu()), torch.zeros(self.payload.shape, dtype=torch.uint8)
         self.codec.encode(self.layout, [gradient.cpu()], memory, payload)
         assert memory.error is not None
         return torch.equal(payload, self.payload.cpu()) and torch.equal(memory.error, error.cpu())

@@ -49,9 +49,9 @@ from tqdm import tqdm
 
 from ds_horovod.compressors import Cast, Compressor, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.exchange import Options
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 WORKERS = 4
 MOMENTUM = 0.9
@@ -155,12 +155,12 @@ def fused(name: str, codec: Compressor, arrays: Arrays) -> list[Pass]:
         return total.abs_().max()
 
     def worker() -> None:
-        codec.encode(layout, [gradient], Memory(error), payload)
+        codec.encode(layout, [gradient], FeedbackState(error), payload)
 
     velocity = arrays.velocity[: layout.numel]
 
     def worker_with_momentum() -> None:
-        codec.encode(layout, [gradient], Memory(error, velocity, momentum=MOMENTUM), payload)
+        codec.encode(layout, [gradient], FeedbackState(error, velocity, momentum=MOMENTUM), payload)
 
     def momentum_gap() -> Tensor:
         codec.decode(layout, payload, [out])
@@ -172,7 +172,7 @@ def fused(name: str, codec: Compressor, arrays: Arrays) -> list[Pass]:
         codec.decode(layout, payload, [out])
 
     def server() -> None:
-        codec.serve(shard, payload, codec, 1 / WORKERS, Memory(server_error), reply)
+        codec.serve(shard, payload, codec, 1 / WORKERS, FeedbackState(server_error), reply)
 
     entry = payload.numel() / layout.numel
     passes = [

@@ -8,7 +8,7 @@ over them, or one of them:
     worker     g_i <- Q'[v]
 
 so that, element by element and for every Q, ``mean_i(g_i + e_i) + E == Q'[v] + mean_i(e_i') + E'``. With momentum
-correction a worker's velocity u_i = m u_i + g_i takes the place of g_i (`memory.py`).
+correction a worker's velocity u_i = m u_i + g_i takes the place of g_i (`feedback.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from .compressors import Compressor, NoCompression
+from .feedback import FeedbackState
 from .layout import Layout
-from .memory import Memory
 
 Handle = TypeVar("Handle")
 _UNCOMPRESSED = NoCompression()
@@ -126,19 +126,19 @@ class Exchange(Generic[Handle]):
     transport: Transport[Handle]
     device: torch.device
     totals: Totals = field(default_factory=Totals)
-    worker: Memory = field(init=False)
-    server: Memory = field(init=False)
+    worker: FeedbackState = field(init=False)
+    server: FeedbackState = field(init=False)
 
     def __post_init__(self) -> None:
         options, transport, numel = self.options, self.transport, self.layout.numel
-        self.worker = Memory(
+        self.worker = FeedbackState(
             error=torch.zeros(numel, device=self.device) if options.worker_error else None,
             velocity=torch.zeros(numel, device=self.device) if options.momentum else None,
             momentum=options.momentum,
             bucket=self.bucket,
             sender=2 * transport.rank,
         )
-        self.server = Memory(bucket=self.bucket, sender=2 * transport.rank + 1)
+        self.server = FeedbackState(bucket=self.bucket, sender=2 * transport.rank + 1)
         self.shard = None
         if transport.serves is not None:
             self.shard = self.layout.shard(transport.serves)
@@ -333,7 +333,7 @@ class Flight(Generic[Handle]):
         self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
         self._reply: Tensor | None = None
         with exchange.counted("worker_pass"):
-            # Kept until the reply is there, for take_back.
+            # Kept until the reply is there, for rollback.
             self._payload = exchange.lend(exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout)))
             self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
         exchange.worker.step += 1
@@ -388,9 +388,9 @@ class Flight(Generic[Handle]):
         if self._gradients is not None:
             with exchange.counted("decode"):
                 if exchange.worker.error is not None:
-                    lost = self._server_compressor.lost(exchange.layout, replies)
+                    lost = self._server_compressor.nonfinite_mask(exchange.layout, replies)
                     if lost is not None:
-                        self._compressor.take_back(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
+                        self._compressor.rollback(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
                 self._server_compressor.decode(exchange.layout, replies, self._gradients)
         own = exchange.transport.serves is not None
         exchange.totals.bytes_received += (exchange.layout.shards - own) * self._reply_nbytes

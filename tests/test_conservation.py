@@ -12,9 +12,9 @@ from support import COMPRESSORS, Int8, assert_same_bits, gathered, generator
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Quantize, TopK
 from ds_horovod.exchange import Options
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 SIZES = [5, 700, 63, 1]
 TOLERANCE = 1e-5  # of the largest term: float32 rounds each of a step's few operations by 6e-8 of its result
@@ -154,7 +154,7 @@ def replied(compressor, layout, tensors, step, server):
     for shard, pieces in enumerate(layout.pieces):
         alone = layout.shard(shard)
         parts = [tensors[p.tensor][p.first : p.first + p.numel].clone() for p in pieces]
-        memory = Memory(step=step, sender=2 * (shard if server is None else server) + 1, first_shard=shard)
+        memory = FeedbackState(step=step, sender=2 * (shard if server is None else server) + 1, first_shard=shard)
         payload = torch.zeros(1, compressor.chunk_nbytes(alone), dtype=torch.uint8)
         compressor.encode(alone, parts, memory, payload)
         compressor.decode(alone, payload, parts)
@@ -166,7 +166,7 @@ def replied(compressor, layout, tensors, step, server):
 def through(compressor, layout, tensors, step=0, rank=0):
     """Q[v], by the compressor's own passes, as a worker draws its random numbers."""
     payload = torch.zeros(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8)
-    compressor.encode(layout, [t.clone() for t in tensors], Memory(step=step, sender=2 * rank), payload)
+    compressor.encode(layout, [t.clone() for t in tensors], FeedbackState(step=step, sender=2 * rank), payload)
     values = [torch.empty_like(t) for t in tensors]
     compressor.decode(layout, payload, values)
     return values

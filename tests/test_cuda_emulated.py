@@ -10,9 +10,9 @@ from support import assert_same_bits, generator, spread
 from test_kernels import CONTENTS, make
 
 from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, kernels
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.kernels import cuda, launch
 from ds_horovod.layout import Layout, pack
-from ds_horovod.memory import Memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRANULARITIES = ("block", "parameter", "bucket")
@@ -58,7 +58,7 @@ def kept(memory):
 
 def memory_of(codec, error, **more):
     """With a velocity too, where the compressor can have one."""
-    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1, **more)
+    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1, **more)
     if codec.sparse and error is not None:
         memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     return memory
@@ -115,8 +115,10 @@ def served(codec, pusher, layout, error, content, weight, workers=3):
     pushed = torch.zeros(workers, 1, pusher.chunk_nbytes(layout), dtype=torch.uint8)
     for worker, payload in enumerate(pushed):
         contents = content if worker == 1 else "normal"
-        pusher.encode(layout, make(contents, layout.numels, torch.float32, seed=worker), Memory(step=5, bucket=2), payload)
-    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3)
+        pusher.encode(
+            layout, make(contents, layout.numels, torch.float32, seed=worker), FeedbackState(step=5, bucket=2), payload
+        )
+    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3)
     reply = torch.zeros(codec.chunk_nbytes(layout), dtype=torch.uint8)
     codec.serve(layout, pushed[:, 0], pusher, weight, memory, reply)
     return {"reply": reply, **kept(memory)}
@@ -152,12 +154,12 @@ def test_steps_are_taken_back_where_the_reply_is_lost(codec, emulated):
     def run(server=codec):
         gradients, bad = make("normal", sizes, torch.float16), make("not finite", sizes, torch.float32)
         replies, payload = (torch.zeros(2, c.chunk_nbytes(layout), dtype=torch.uint8) for c in (server, codec))
-        server.encode(layout, bad, Memory(), replies)
+        server.encode(layout, bad, FeedbackState(), replies)
         memory = memory_of(codec, error)
         codec.encode(layout, gradients, memory, payload)
-        lost = server.lost(layout, replies)
+        lost = server.nonfinite_mask(layout, replies)
         assert lost is not None
-        codec.take_back(layout, payload, lost, gradients, memory)
+        codec.rollback(layout, payload, lost, gradients, memory)
         real = spread(layout, [torch.ones(n) for n in sizes]).bool()
         bits = (lost[:, None] >> torch.arange(32) & 1).bool().view(-1)
         return {"lost": bits & real, **kept(memory)}
@@ -170,9 +172,9 @@ def test_steps_are_taken_back_where_the_reply_is_lost(codec, emulated):
 def test_nothing_is_lost_of_a_finite_reply(codec, emulated):
     layout = pack([5, 100, 3000], codec.block, 2)
     payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, make("heavy tails", layout.numels, torch.float32), Memory(), payload)
+    codec.encode(layout, make("heavy tails", layout.numels, torch.float32), FeedbackState(), payload)
     with on_cuda():
-        assert not codec.lost(layout, payload).any()
+        assert not codec.nonfinite_mask(layout, payload).any()
 
 
 def test_no_compression(emulated):
@@ -205,7 +207,7 @@ def test_gradients_at_any_address_of_their_type(codec, dtype, emulated):
     shifted = [torch.cat([g[:1], g])[1:] for g in make("normal", sizes, dtype)]
     compare("shifted", lambda: passes(codec, layout, shifted, None, dtype))
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, shifted, Memory(), payload)
+    codec.encode(layout, shifted, FeedbackState(), payload)
     into = [torch.full((n + 2,), 7, dtype=dtype) for n in sizes]
     with on_cuda():
         codec.decode(layout, payload, [x[1:-1] for x in into])
@@ -231,9 +233,11 @@ def test_corrupt_payloads_stay_inside(codec, emulated):
         decoded = [torch.zeros(n) for n in sizes]
         codec.decode(layout, noise, decoded)
         codec.accumulate(layout.shard(0), noise[0], 0.5, torch.zeros(layout.shard_numel))
-        codec.serve(layout.shard(0), noise, codec, 0.5, Memory(torch.zeros(layout.shard_numel)), torch.zeros_like(noise[0]))
-        codec.take_back(
-            layout, noise, codec.lost(layout, noise), decoded, memory_of(codec, torch.zeros(layout.numel))
+        codec.serve(
+            layout.shard(0), noise, codec, 0.5, FeedbackState(torch.zeros(layout.shard_numel)), torch.zeros_like(noise[0])
+        )
+        codec.rollback(
+            layout, noise, codec.nonfinite_mask(layout, noise), decoded, memory_of(codec, torch.zeros(layout.numel))
         )  # fmt: skip
         if isinstance(codec, RandomK | TopK):
             assert all(values.isnan().all() for values in decoded)
@@ -246,7 +250,9 @@ def test_at_most_three_launches_a_pass(codec, emulated):
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
     runs = [
         lambda: codec.encode(layout, gradients, memory, payload),
-        lambda: codec.serve(layout, payload, codec, 1.0, Memory(torch.zeros(layout.numel)), torch.zeros_like(payload[0])),
+        lambda: codec.serve(
+            layout, payload, codec, 1.0, FeedbackState(torch.zeros(layout.numel)), torch.zeros_like(payload[0])
+        ),
         lambda: codec.decode(layout, payload, gradients),
     ]
     for run in runs:
@@ -258,7 +264,7 @@ def test_at_most_three_launches_a_pass(codec, emulated):
 
 def cast_pass(**changes):
     layout = changes.pop("layout", pack([100], 32, 1))
-    arguments = {"gradients": [torch.zeros(100)], "memory": Memory(torch.zeros(layout.numel))}
+    arguments = {"gradients": [torch.zeros(100)], "memory": FeedbackState(torch.zeros(layout.numel))}
     arguments["chunks"] = torch.zeros(1, Cast().chunk_nbytes(layout), dtype=torch.uint8)
     arguments |= changes
     Cast().encode(layout, *arguments.values())
@@ -271,9 +277,9 @@ def cast_pass(**changes):
         ({"gradients": [torch.zeros(100, dtype=torch.float64)]}, "float64"),
         ({"gradients": [torch.zeros(100, device="meta")]}, "on cpu only, got one on meta"),
         ({"gradients": [torch.zeros(99)]}, "100 elements"),
-        ({"memory": Memory(torch.zeros(256 + 1)[1:129])}, "aligned to 16 bytes"),
-        ({"memory": Memory(torch.zeros(128).half())}, "float32"),
-        ({"gradients": None, "memory": Memory()}, "nothing to encode"),
+        ({"memory": FeedbackState(torch.zeros(256 + 1)[1:129])}, "aligned to 16 bytes"),
+        ({"memory": FeedbackState(torch.zeros(128).half())}, "float32"),
+        ({"gradients": None, "memory": FeedbackState()}, "nothing to encode"),
         ({"chunks": torch.zeros(1, 16, dtype=torch.uint8)}, "truncated"),
         ({"layout": Layout((0, 16), (10, 100), 1, 128)}, "start on blocks"),
     ],

@@ -31,14 +31,14 @@ from unittest import mock
 from ds_horovod import Cast, kernels
 from ds_horovod.kernels import cuda, launch
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
+from ds_horovod.feedback import FeedbackState
 
 spoil = lambda family, source: source.replace("j < count ? to_float(p[j])", "j <= count ? to_float(p[j])")
 layout = pack([33], 32, 1)
 with mock.patch.object(launch, "device_of", return_value=EmulatedDevice(mutate=spoil)):
     with mock.patch.object(kernels, "for_device", return_value=cuda):
         payload = torch.zeros(1, Cast().chunk_nbytes(layout), dtype=torch.uint8)
-        Cast().encode(layout, [torch.zeros(33)], Memory(), payload)
+        Cast().encode(layout, [torch.zeros(33)], FeedbackState(), payload)
 """)
     result = sanitized([sys.executable, str(script)])
     assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr

@@ -10,8 +10,8 @@ from test_cuda_emulated import compare, emulated, kept, on_cuda, passes  # noqa:
 from test_kernels import CONTENTS, make
 
 from ds_horovod import TopK
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 VALUES = ("fp32", "fp16", "sign")
 NOTHING, CANDIDATES, ALL, NOT_FINITE, EVERY_NOT_FINITE = range(5)  # enum Source in csrc/cuda/top_k.cu
@@ -26,7 +26,7 @@ def sources(memory, shards):
 
 def steps(codec, layout, values, looked=None, momentum=False):
     """Encodes step after step with one memory; all that comes of it. `looked` receives the sources."""
-    memory = Memory(torch.zeros(layout.numel))
+    memory = FeedbackState(torch.zeros(layout.numel))
     if momentum:
         memory.velocity, memory.momentum = torch.zeros(layout.numel), 0.5
     results = {}
@@ -79,7 +79,7 @@ def test_a_guess_that_was_too_high(values, emulated):  # noqa: F811
 
     def run():
         results = {}
-        memory = Memory()
+        memory = FeedbackState()
         for step, gradients in enumerate(expected()):
             payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
             codec.encode(layout, gradients, memory, payload)  # without an error, so that nothing is left to be a candidate
@@ -151,7 +151,7 @@ def test_several_workers_are_added_in_order(emulated):  # noqa: F811
     codec, layout = TopK(0.3), pack([70_000], 32, 1)
     pushed = torch.zeros(4, 1, codec.chunk_nbytes(layout), dtype=torch.uint8)
     for worker, payload in enumerate(pushed):
-        codec.encode(layout, make("heavy tails", [70_000], torch.float32, seed=worker), Memory(), payload)
+        codec.encode(layout, make("heavy tails", [70_000], torch.float32, seed=worker), FeedbackState(), payload)
     expected, actual = torch.ones(2, layout.numel)
     codec.accumulate_all(layout, pushed[:, 0], 1 / 3, expected)
     with on_cuda():
@@ -166,7 +166,7 @@ def test_launches(emulated):  # noqa: F811
     payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
     gradients = make("normal", layout.numels, torch.float32)
     with on_cuda():
-        codec.encode(layout, gradients, Memory(), payload)
+        codec.encode(layout, gradients, FeedbackState(), payload)
         codec.decode(layout, payload, gradients)
     names = ["gather", *["narrow"] * 3, "place", "emit", "decode"]
     assert emulated.launches == [f"top_k_{name}" for name in names]
@@ -178,7 +178,7 @@ def test_corrupt_chunks_are_nan(values, emulated):  # noqa: F811
     codec, layout = TopK(0.01, values=values), pack([140_000], 32, 2)
     payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
     gradients = make("normal", layout.numels, torch.float32)
-    codec.encode(layout, gradients, Memory(), payload)
+    codec.encode(layout, gradients, FeedbackState(), payload)
     good = [torch.empty(140_000)]
     codec.decode(layout, payload, good)
     counts = payload[:, :8].view(torch.int32).clone()
@@ -188,7 +188,7 @@ def test_corrupt_chunks_are_nan(values, emulated):  # noqa: F811
         bad[0, at : at + len(change)] = change
         with on_cuda():
             codec.decode(layout, bad, into)
-            lost = codec.lost(layout, bad)
+            lost = codec.nonfinite_mask(layout, bad)
         assert torch.equal((lost[:, None] >> torch.arange(32) & 1).view(-1)[:140_000].bool(), ~into[0].isfinite())
         assert_same_bits(into[0][70_016:], good[0][70_016:])  # the other shard
         return into[0][:70_016]
@@ -207,7 +207,7 @@ def test_ties_go_to_the_lowest_index_across_runs(emulated):  # noqa: F811
     codec, layout = TopK(k=70_000), pack([200_000], 32, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
     with on_cuda():
-        codec.encode(layout, [torch.full((200_000,), 2.0)], Memory(), payload)
+        codec.encode(layout, [torch.full((200_000,), 2.0)], FeedbackState(), payload)
     assert payload[0, :16].view(torch.int32).tolist() == [65536, 70_000 - 65536, 0, 0]
 
 
@@ -215,7 +215,7 @@ def test_a_memory_may_change_codec_and_layout(emulated):  # noqa: F811
     """What is guessed for one says nothing of another."""
 
     def run():
-        memory, results = Memory(torch.zeros(6016)), {}
+        memory, results = FeedbackState(torch.zeros(6016)), {}
         for i, (sizes, k) in enumerate(itertools.product(([6000], [3000, 2950]), (20, 40, 20))):
             codec, layout = TopK(k=k), pack(sizes, 32, 1)
             memory.error = torch.zeros(layout.numel)

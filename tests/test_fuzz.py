@@ -22,10 +22,10 @@ from support import COMPRESSORS, Int8, assert_same_bits, generator
 from test_kernels import on, oracle
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Ternary, TopK, _cpu
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.kernels import cpu
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 from ds_horovod.uncompressed import clip
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def payloads(draw):
     layout = pack(sizes, codec.block, draw(st.integers(1, 3)))
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
     g = generator(draw(st.integers(0, 2**32 - 1)))
-    codec.encode(layout, [torch.randn(numel, generator=g) for numel in layout.numels], Memory(), payload)
+    codec.encode(layout, [torch.randn(numel, generator=g) for numel in layout.numels], FeedbackState(), payload)
     chunk = payload[draw(st.integers(0, layout.shards - 1))]
     if draw(st.booleans()):
         size = draw(st.sampled_from([16, 64, len(chunk)]))
@@ -241,7 +241,7 @@ def with_byte(codec, numel, place, byte):
     """A payload of ones with one byte changed."""
     layout = pack([numel], codec.block, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [torch.ones(numel)], Memory(), payload)
+    codec.encode(layout, [torch.ones(numel)], FeedbackState(), payload)
     payload[0, place] = byte
     return codec, layout, payload, torch.float32, 1
 
@@ -255,7 +255,7 @@ def outcome(what, codec, layout, payload, dtype):
         if what == "decode":
             codec.decode(layout, payload, [guarded.tensor for guarded in targets])
         elif what == "lost":
-            lost = codec.lost(layout, payload)
+            lost = codec.nonfinite_mask(layout, payload)
         for shard, total in enumerate(totals):
             one = layout.shard(shard)
             if what == "accumulate":
@@ -264,7 +264,7 @@ def outcome(what, codec, layout, payload, dtype):
                 for server in (codec, NoCompression()):
                     replies.append(Guarded(server.chunk_nbytes(one), torch.uint8))
                     pushed = torch.stack([payload[shard]] * 2)
-                    server.serve(one, pushed, codec, 0.5, Memory(total.tensor), replies[-1].tensor.zero_())
+                    server.serve(one, pushed, codec, 0.5, FeedbackState(total.tensor), replies[-1].tensor.zero_())
     except ValueError:
         assert what != "decode" or all(guarded.is_untouched() for guarded in targets), f"{codec!r} writes before it refuses"
         refused = True

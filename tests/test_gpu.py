@@ -18,9 +18,9 @@ from test_kernels import CONTENTS, make
 
 from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.exchange import Options
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,7 @@ def compare(what, run):
 def passes(device, codec, layout, gradients, error, dtype, steps=1):
     """Encodes step after step, decodes, adds up two workers, serves; all that comes of it."""
     gradients = [g.to(device) for g in gradients]
-    memory = Memory(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
+    memory = FeedbackState(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
     if codec.sparse and error is not None:
         memory.velocity, memory.momentum = memory.error.roll(1) * 0.5, 0.9
     results = {}
@@ -52,7 +52,7 @@ def passes(device, codec, layout, gradients, error, dtype, steps=1):
     codec.decode(layout, payload, decoded)
     total = torch.ones(layout.shard_numel, device=device)
     codec.accumulate_all(layout.shard(0), payload[:1].repeat(2, 1), 0.3, total)
-    server = Memory(torch.ones(layout.shard_numel, device=device), step=steps - 1, bucket=2, sender=5, first_shard=1)
+    server = FeedbackState(torch.ones(layout.shard_numel, device=device), step=steps - 1, bucket=2, sender=5, first_shard=1)
     real = torch.zeros(layout.shard_numel, device=device)
     for piece in layout.pieces[0]:
         real[piece.offset : piece.offset + piece.numel] = 1
@@ -101,7 +101,7 @@ def test_a_billion_elements(codec):
     results = []
     for device in (GPU, CPU):
         here = gradient.to(device)
-        memory = Memory(torch.zeros(layout.numel, device=device))
+        memory = FeedbackState(torch.zeros(layout.numel, device=device))
         payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8, device=device)
         codec.encode(layout, [here], memory, payload)
         error = memory.error.cpu()
@@ -144,14 +144,17 @@ def test_nothing_waits_for_the_device(codec):
     sizes = [5, 100_000]
     layout = pack(sizes, codec.block, 2)
     gradients = [g.to(GPU) for g in make("normal", sizes, torch.float32)]
-    memory, server = Memory(torch.zeros(layout.numel, device=GPU)), Memory(torch.zeros(layout.shard_numel, device=GPU))
+    memory, server = (
+        FeedbackState(torch.zeros(layout.numel, device=GPU)),
+        FeedbackState(torch.zeros(layout.shard_numel, device=GPU)),
+    )
     payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8, device=GPU)
     reply = torch.zeros(codec.chunk_nbytes(layout), dtype=torch.uint8, device=GPU)
 
     def step():
         codec.encode(layout, gradients, memory, payload.zero_())
         codec.serve(layout.shard(0), payload[:1].repeat(2, 1), codec, 0.5, server, reply.zero_())
-        codec.take_back(layout, payload, codec.lost(layout, payload), gradients, memory)
+        codec.rollback(layout, payload, codec.nonfinite_mask(layout, payload), gradients, memory)
         codec.decode(layout, payload, gradients)
 
     step()  # which compiles, and copies the layouts

@@ -11,9 +11,9 @@ from support import assert_same_bits, generator, spread
 
 from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK, _cpu, kernels
 from ds_horovod.compressors.top_k import _format as _top_k_format
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.kernels import cpu, reference
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ONE_BIT = [OneBit(*o) for o in itertools.product((32, 96, 2048), ("l1", "l2"), ("block", "parameter", "bucket"))]
@@ -90,7 +90,7 @@ def oracle():
 
 def passes(codec, layout, gradients, error, dtype):
     """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
-    memory = Memory(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
+    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
     if codec.sparse and gradients is not None and error is not None:
         memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
@@ -156,14 +156,14 @@ def test_memory_that_is_not_aligned(codec, dtype, instruction_set):
     layout = pack([MILLION], codec.block, 1)
     gradient = make("normal", [MILLION], dtype)[0]
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [gradient], Memory(), payload)
+    codec.encode(layout, [gradient], FeedbackState(), payload)
     decoded = torch.empty_like(gradient)
     codec.decode(layout, payload, [decoded])
 
     shifted, into = torch.empty(MILLION + 1, dtype=dtype)[1:], torch.empty(MILLION + 1, dtype=dtype)[1:]
     shifted.copy_(gradient)
     again = torch.zeros_like(payload)
-    codec.encode(layout, [shifted], Memory(), again)
+    codec.encode(layout, [shifted], FeedbackState(), again)
     codec.decode(layout, again, [into])
     assert_same_bits(again, payload)
     assert_same_bits(into, decoded)
@@ -226,7 +226,7 @@ def test_serve(codec, content, error_kept):
         pushed = torch.zeros(workers, 2, codec.chunk_nbytes(layout), dtype=torch.uint8)
         for worker, payload in enumerate(pushed):
             contents = content if worker == 0 else "normal"
-            codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), Memory(), payload)
+            codec.encode(layout, make(contents, sizes, torch.float32, seed=worker), FeedbackState(), payload)
         for shard in (0, 1):
             arrived, alone = pushed[:, shard].contiguous(), layout.shard(shard)
             rests = [torch.randn(numel, generator=generator(9)) for numel in alone.numels]
@@ -235,7 +235,7 @@ def test_serve(codec, content, error_kept):
                 error = spread(alone, rests) if error_kept else None
                 reply = torch.zeros(codec.chunk_nbytes(alone), dtype=torch.uint8)
                 with context:
-                    codec.serve(alone, arrived, codec, weight, Memory(error), reply)
+                    codec.serve(alone, arrived, codec, weight, FeedbackState(error), reply)
                 results.append((reply, error))
             for reply, error in results[1:]:
                 assert_same_bits(reply, results[0][0], f"reply ({workers} workers, shard {shard}):")
@@ -295,7 +295,7 @@ def test_random_words_are_those_published(key, counter, words, instruction_set):
 
 
 def test_uniforms(instruction_set):
-    memory, rows = Memory(step=7, bucket=2, sender=5), 10_003
+    memory, rows = FeedbackState(step=7, bucket=2, sender=5), 10_003
     for first in (0, 12345, (1 << 32) - 100):  # the row's lowest 32 bits count
         positions = torch.arange(8 * first, 8 * (first + rows))
         expected = reference.uniforms(1 << 40 | 3, memory, positions)
@@ -308,9 +308,10 @@ def test_uniforms(instruction_set):
 def test_other_counters_draw_others():
     positions = torch.arange(1000)
     drawn = [
-        reference.uniforms(0, memory, positions) for memory in (Memory(), Memory(step=1), Memory(bucket=1), Memory(sender=1))
+        reference.uniforms(0, memory, positions)
+        for memory in (FeedbackState(), FeedbackState(step=1), FeedbackState(bucket=1), FeedbackState(sender=1))
     ]
-    drawn += [reference.uniforms(seed, Memory(), positions) for seed in (1, 1 << 32)]
+    drawn += [reference.uniforms(seed, FeedbackState(), positions) for seed in (1, 1 << 32)]
     for first, second in itertools.combinations(drawn, 2):
         assert (first == second).sum() < 5
 
@@ -326,7 +327,7 @@ def test_top_k_is_that_of_torch(codec, numel, instruction_set):
     layout = pack([numel], codec.block, 1)
     error, decoded = torch.zeros(layout.numel), torch.empty(numel)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [v], Memory(error), payload)
+    codec.encode(layout, [v], FeedbackState(error), payload)
     codec.decode(layout, payload, [decoded])
     k = min(numel, codec.k or int(np.ceil(codec.ratio * numel)))
     chosen = v.abs().topk(k).indices
@@ -342,7 +343,7 @@ def test_one_bit_is_that_of_numpy(codec, numel, instruction_set):
     v = torch.randn(numel, generator=generator(0))
     layout = pack([numel], codec.block, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [v], Memory(), payload)
+    codec.encode(layout, [v], FeedbackState(), payload)
     signs = np.packbits(np.signbit(v.numpy()), bitorder="little")
     scales = layout.numel // codec.block if codec.granularity == "block" else 1
     at = -(-4 * scales // 16) * 16
@@ -377,7 +378,7 @@ def test_stochastic_levels_are_right_on_average(codec, instruction_set):
     total, decoded = torch.zeros(512, dtype=torch.float64), torch.empty(512)
     for draw in range(draws):
         payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        codec.encode(layout, [v], Memory(step=draw, sender=2 * (draw % 3)), payload)
+        codec.encode(layout, [v], FeedbackState(step=draw, sender=2 * (draw % 3)), payload)
         codec.decode(layout, payload, [decoded])
         assert ((decoded - v).abs() <= step * 1.0001).all()
         total += decoded
@@ -395,7 +396,7 @@ def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_se
     for module in (cpu, reference):
         error = torch.arange(float(layout.numel))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, Memory(error), payload)
+        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, FeedbackState(error), payload)
         decoded = [torch.zeros(100), torch.zeros(70)]
         module.top_k_decode(_top_k_format(codec, layout), layout, payload, decoded)
         assert not codec.is_within(layout, payload)
@@ -417,7 +418,7 @@ def test_cast_is_that_of_torch(codec, dtype, numel, instruction_set):
     layout = pack([numel], codec.block, 1)
     error, decoded = torch.zeros(layout.numel), torch.empty(numel)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [v], Memory(error), payload)
+    codec.encode(layout, [v], FeedbackState(error), payload)
     codec.decode(layout, payload, [decoded])
     largest = torch.finfo(dtype).max
     assert torch.equal(decoded, v.to(dtype).float().clamp(-largest, largest))
@@ -433,7 +434,7 @@ def test_what_is_not_finite_is_cast_to_nan(instruction_set):
         layout = pack([100], codec.block, 1)
         error = torch.full((layout.numel,), 0.25)
         payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        codec.encode(layout, [v], Memory(error), payload)
+        codec.encode(layout, [v], FeedbackState(error), payload)
         lost = payload.view(torch.int16)[0, :100] == nan
         assert torch.equal(lost, ~v.isfinite()) and not codec.is_within(layout, payload)
         assert (error[:100] == 0.25).nonzero().view(-1).tolist() == [7, 40, 99]
@@ -448,7 +449,7 @@ def test_cast_keeps_a_velocity(dtype, instruction_set):
         error, velocity = (spread(layout, make("normal", [5, 700], torch.float32, seed)) for seed in (1, 2))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
         with context:
-            codec.encode(layout, gradients, Memory(error, velocity, momentum=0.9), payload)
+            codec.encode(layout, gradients, FeedbackState(error, velocity, momentum=0.9), payload)
         results.append((payload, error, velocity))
     for own, other in zip(*results, strict=True):
         assert_same_bits(own, other)
@@ -460,7 +461,7 @@ def test_cast_keeps_a_velocity(dtype, instruction_set):
 def drawn(codec, numel, **memory):
     layout = pack([numel], codec.block, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [torch.ones(numel)], Memory(**memory), payload)
+    codec.encode(layout, [torch.ones(numel)], FeedbackState(**memory), payload)
     decoded = torch.empty(numel)
     codec.decode(layout, payload, [decoded])
     return decoded.nonzero().view(-1)

@@ -10,9 +10,9 @@ from support import COMPRESSORS, Int8
 from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.agreement import require_agreement
 from ds_horovod.exchange import Options
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 from ds_horovod.selection import Selection
 from ds_horovod.session import Session
 
@@ -357,7 +357,7 @@ class Wrong(Int8):
 def exchange_with(compressor):
     layout, error = pack([100], 32, 1), torch.zeros(128)
     payload = torch.zeros(1, compressor.chunk_nbytes(layout), dtype=torch.uint8)
-    compressor.encode(layout, [torch.ones(100)], Memory(error), payload)
+    compressor.encode(layout, [torch.ones(100)], FeedbackState(error), payload)
     compressor.decode(layout, payload, [torch.empty(100)])
 
 

@@ -9,8 +9,8 @@ from support import COMPRESSORS, Int8, assert_same_bits, generator
 from test_kernels import oracle
 
 from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
+from ds_horovod.feedback import FeedbackState
 from ds_horovod.layout import pack
-from ds_horovod.memory import Memory
 
 SIZES = [[1], [40], [5, 700, 63, 1], [70000, 33, 1]]
 EVERY = [
@@ -52,7 +52,7 @@ def encoded(compressor, layout, seed=0):
     gradients = [torch.randn(numel, generator=g) for numel in layout.numels]
     payload = Guarded(layout.shards, compressor.chunk_nbytes(layout), dtype=torch.uint8, fill=0)
     error = Guarded(layout.numel, fill=0)
-    compressor.encode(layout, gradients, Memory(error.tensor), payload.tensor)
+    compressor.encode(layout, gradients, FeedbackState(error.tensor), payload.tensor)
     assert payload.guard_holds() and error.guard_holds()
     return payload.tensor
 
@@ -453,7 +453,7 @@ def test_random_k_of_what_is_not_finite(values):
     gradients[1][3] = math.inf
     error = torch.full((layout.numel,), 0.5)
     payload = torch.zeros(2, compressor.chunk_nbytes(layout), dtype=torch.uint8)
-    compressor.encode(layout, gradients, Memory(error), payload)
+    compressor.encode(layout, gradients, FeedbackState(error), payload)
     decoded = decode_and_watch(compressor, layout, payload)
     in_first = 5 + layout.shard_numel - layout.offsets[1]
     assert decoded[:in_first].isnan().all() and decoded[in_first:].isfinite().all()
@@ -488,6 +488,6 @@ def test_gradients_of_another_layout():
         with pytest.raises(ValueError):
             compressor.decode(layout, payload, gradients)
         with pytest.raises(ValueError):
-            compressor.encode(layout, gradients, Memory(), payload)
+            compressor.encode(layout, gradients, FeedbackState(), payload)
     with pytest.raises(ValueError, match="expected 1088 contiguous float32 values"):
-        compressor.encode(layout, [torch.zeros(1000), torch.zeros(40)], Memory(torch.zeros(1040)), payload)
+        compressor.encode(layout, [torch.zeros(1000), torch.zeros(40)], FeedbackState(torch.zeros(1040)), payload)

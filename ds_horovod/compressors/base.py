@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import align
 from ..kernels.reference import put
 from ..layout import Layout, pack
-from ..memory import Memory
 
 _HEADER = 16  # bytes before the payload of a derived chunk, the first of which says what its values are:
 _TAME, _NOT_FINITE, _LARGE = range(3)
@@ -64,8 +64,8 @@ class Compressor(ABC):
         """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
         return align(_HEADER + self.payload_nbytes(layout.most_elements))
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
-        """v = gradient + error; payload = Q[v]; error = v - Q[v]. With momentum correction, as `Memory` says.
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
+        """v = gradient + error; payload = Q[v]; error = v - Q[v]. With momentum correction, as `FeedbackState` says.
 
         Where v is not finite the payload says so, and the memory stays as it was.
 
@@ -148,7 +148,9 @@ class Compressor(ABC):
         known = {_TAME: TAME, _LARGE: LARGEST}
         return all(known.get(flag, math.inf) <= limit for flag in chunks[:, 0].tolist())
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         """The server pass: v = error + weight * sum_i Q_i; payload = Q[v]; error = v - Q[v].
 
         Parameters
@@ -180,7 +182,7 @@ class Compressor(ABC):
                 kept = total[here]
                 kept.copy_(torch.where(values.isfinite() & kept.isfinite(), kept, before[here]))
 
-    def keep_overflow(self, layout: Layout, chunk: Tensor, memory: Memory, limit: float) -> None:
+    def keep_overflow(self, layout: Layout, chunk: Tensor, memory: FeedbackState, limit: float) -> None:
         """error += what of the reply is over a limit, and will not arrive, since the gradients' dtype ends there."""
         if memory.error is None or (kernels.for_device(chunk.device).HOST and self.is_within(layout, chunk[None], limit)):
             return
@@ -193,7 +195,7 @@ class Compressor(ABC):
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 - nothing is a fine default
         """Makes ready what takes long, before the first pass over a layout."""
 
-    def lost(self, layout: Layout, chunks: Tensor) -> Tensor | None:
+    def nonfinite_mask(self, layout: Layout, chunks: Tensor) -> Tensor | None:
         """Where the values that the chunks stand for are not finite.
 
         Returns
@@ -212,7 +214,9 @@ class Compressor(ABC):
         powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=chunks.device)
         return (flat.view(-1, 8) * powers).sum(1).to(torch.uint8).view(torch.int32)
 
-    def take_back(self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory) -> None:
+    def rollback(
+        self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: FeedbackState
+    ) -> None:
         """Takes a pass back from the memory where the reply is not finite: e = e' + Q[v] - g, up to rounding.
 
         What was sent there is lost through no fault of the worker's, and an overflow step, which a GradScaler skips, must
@@ -224,7 +228,7 @@ class Compressor(ABC):
         payload
             What `encode` made of the gradients.
         lost
-            Where, as `lost` says.
+            Where, as `nonfinite_mask` says.
         """
         assert memory.error is not None
         sent = [torch.empty(n, device=payload.device) for n in layout.numels]
@@ -293,7 +297,9 @@ class FusedCompressor(Compressor):
             return super().accumulate_all(layout, pushed, weight, total)
         self.accumulate(layout, pushed, weight, total)
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         if kernels.for_device(chunk.device).HOST:
             return super().serve(layout, pushed, pusher, weight, memory, chunk)
         # The sum lies beside the error, which stays where the reply is not finite: nobody could say in time whether it may.
@@ -302,24 +308,26 @@ class FusedCompressor(Compressor):
         pusher.accumulate_all(layout, pushed, weight, total)
         self.encode(layout, None, replace(memory, total=total), chunk.unsqueeze(0))
 
-    def lost(self, layout: Layout, chunks: Tensor) -> Tensor | None:
+    def nonfinite_mask(self, layout: Layout, chunks: Tensor) -> Tensor | None:
         device = kernels.for_device(chunks.device)
         if device.HOST:
-            return super().lost(layout, chunks)
-        return device.lost(self.format(layout), layout, chunks)  # type: ignore[no-any-return]
+            return super().nonfinite_mask(layout, chunks)
+        return device.nonfinite_mask(self.format(layout), layout, chunks)  # type: ignore[no-any-return]
 
-    def take_back(self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory) -> None:
+    def rollback(
+        self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: FeedbackState
+    ) -> None:
         device = kernels.for_device(payload.device)
         if device.HOST:
-            return super().take_back(layout, payload, lost, gradients, memory)
-        device.take_back(self.format(layout), layout, payload, lost, gradients, memory, self.sparse)
+            return super().rollback(layout, payload, lost, gradients, memory)
+        device.rollback(self.format(layout), layout, payload, lost, gradients, memory, self.sparse)
 
     def payload_nbytes(self, numel: int) -> int:
         return self.chunk_nbytes(self._alone(numel))
 
     def compress(self, values: Tensor) -> Tensor:
         payload = torch.zeros(self.payload_nbytes(len(values)), dtype=torch.uint8, device=values.device)
-        self.encode(self._alone(len(values)), [values.contiguous()], Memory(), payload.unsqueeze(0))
+        self.encode(self._alone(len(values)), [values.contiguous()], FeedbackState(), payload.unsqueeze(0))
         return payload
 
     def decompress(self, payload: Tensor, numel: int) -> Tensor:

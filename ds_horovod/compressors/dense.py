@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import CastFormat
 from ..kernels.reference import put
 from ..layout import Layout
-from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
 
 
@@ -29,7 +29,7 @@ class NoCompression(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return 4 * -(-layout.shard_numel // 4) * 4
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
         device = kernels.for_device(chunks.device)
         if not device.HOST:
             return device.cast_encode(self.format(layout), layout, gradients, memory, chunks)  # type: ignore[no-any-return]
@@ -70,7 +70,9 @@ class NoCompression(FusedCompressor):
         self._require_size(layout, chunk.unsqueeze(0))
         total.add_(chunk.view(torch.float32)[: layout.shard_numel], alpha=weight)
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         device = kernels.for_device(chunk.device)
         if pusher != self or device.HOST:
             return super().serve(layout, pushed, pusher, weight, memory, chunk)

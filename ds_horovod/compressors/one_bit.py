@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import OneBitFormat, align
 from ..layout import Layout
-from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
 
 _SCALES = ("l1", "l2")
@@ -63,7 +63,7 @@ class OneBit(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return self.format(layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -76,7 +76,9 @@ class OneBit(FusedCompressor):
         scales = chunks[:, : 4 * _format(self, layout).scales].contiguous().view(-1)
         return bool(kernels.for_device(chunks.device).all_within(scales.view(torch.float32), limit))
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         device = kernels.for_device(chunk.device)
         if pusher != self or (device.HOST and self.granularity != "block"):
             return super().serve(layout, pushed, pusher, weight, memory, chunk)

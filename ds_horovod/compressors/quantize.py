@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import QuantizeFormat, align
 from ..layout import Layout
-from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
 
 _BITS = (2, 3, 4, 8)
@@ -44,7 +44,7 @@ class _Levels(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return self.format(layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).quantize_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -58,7 +58,9 @@ class _Levels(FusedCompressor):
         steps = chunks[:, : 4 * (layout.shard_numel // format.block)].contiguous().view(-1).view(torch.float32)
         return bool(kernels.for_device(chunks.device).all_within(steps, limit if limit == LARGEST else limit / format.levels))
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         if pusher != self:
             return super().serve(layout, pushed, pusher, weight, memory, chunk)
         kernels.for_device(chunk.device).quantize_serve(_format(self, layout), layout, pushed, weight, memory, chunk)

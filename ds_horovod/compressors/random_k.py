@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import RANDOM_K_HEADER, RandomKFormat, align
 from ..layout import Layout
-from ..memory import Memory
 from .base import LARGEST, Compressor, FusedCompressor
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -63,7 +63,7 @@ class RandomK(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return self.format(layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).random_k_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -72,7 +72,9 @@ class RandomK(FusedCompressor):
     def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
         kernels.for_device(chunk.device).random_k_accumulate(_format(self, layout), layout, chunk, weight, total)
 
-    def serve(self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: Memory, chunk: Tensor) -> None:
+    def serve(
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+    ) -> None:
         device = kernels.for_device(chunk.device)
         if pusher != self or device.HOST:
             return super().serve(layout, pushed, pusher, weight, memory, chunk)

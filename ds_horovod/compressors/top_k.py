@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..feedback import FeedbackState
 from ..kernels.formats import ENTRIES, READ_AHEAD, RUN, TopKFormat, align
 from ..layout import Layout
-from ..memory import Memory
 from .base import LARGEST, FusedCompressor
 
 _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
@@ -70,7 +70,7 @@ class TopK(FusedCompressor):
     def chunk_nbytes(self, layout: Layout) -> int:
         return self.format(layout).nbytes
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
         kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, memory, chunks)
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..feedback import FeedbackState
 from ..layout import Layout
-from ..memory import Memory
 from .formats import CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
 
 try:
@@ -107,7 +107,7 @@ def _flat(values: Tensor | None, numel: int) -> int:
     return values.data_ptr()
 
 
-def _memory(memory: Memory, numel: int) -> _cpu.Memory:
+def _memory(memory: FeedbackState, numel: int) -> _cpu.Memory:
     return _cpu.Memory(
         _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.bucket, memory.sender,
         memory.first_shard, memory.step,
@@ -125,7 +125,7 @@ def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
 
 
 def _encode(
-    native: Any, codec: Any, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    native: Any, codec: Any, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     native(
         codec, _layout(layout), *_tensors(layout, gradients), _memory(memory, layout.numel), *_bytes(chunks), _threads(layout)
@@ -140,12 +140,14 @@ def _accumulate(native: Any, codec: Any, layout: Layout, chunk: Tensor, weight: 
     native(codec, _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
 
 
-def _serve(native: Any, codec: Any, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor) -> None:
+def _serve(
+    native: Any, codec: Any, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
+) -> None:
     native(codec, _layout(layout), *_bytes(pushed), weight, _memory(memory, layout.numel), *_bytes(chunk), _threads(layout))
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     _encode(_cpu.one_bit_encode, _one_bit(format), layout, gradients, memory, chunks)
 
@@ -161,11 +163,11 @@ def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weig
 def one_bit_serve(
     format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
 ) -> None:
-    _serve(_cpu.one_bit_serve, _one_bit(format), layout, pushed, weight, Memory(error), chunk)
+    _serve(_cpu.one_bit_serve, _one_bit(format), layout, pushed, weight, FeedbackState(error), chunk)
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     _encode(_cpu.top_k_encode, _top_k(format), layout, gradients, memory, chunks)
 
@@ -179,7 +181,7 @@ def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: 
 
 
 def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     _encode(_cpu.quantize_encode, _quantize(format), layout, gradients, memory, chunks)
 
@@ -193,12 +195,14 @@ def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, w
 
 
 def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
+    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
 ) -> None:
     _serve(_cpu.quantize_serve, _quantize(format), layout, pushed, weight, memory, chunk)
 
 
-def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+def cast_encode(
+    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+) -> None:
     _encode(_cpu.cast_encode, _cast(format), layout, gradients, memory, chunks)
 
 
@@ -215,7 +219,7 @@ def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
 
 
 def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     _encode(_cpu.random_k_encode, _random_k(format), layout, gradients, memory, chunks)
 

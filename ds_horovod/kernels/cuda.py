@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..feedback import FeedbackState
 from ..layout import Layout
-from ..memory import Memory
 from . import launch as launching
 from .formats import RUN, CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
 from .launch import THREADS, by_value, struct
@@ -215,7 +215,7 @@ class _Call:
             )
         return np.uint64(self._aligned(values, 16))
 
-    def memory(self, memory: Memory, gradients: Sequence[Tensor] | None) -> _Argument:
+    def memory(self, memory: FeedbackState, gradients: Sequence[Tensor] | None) -> _Argument:
         if gradients is None and memory.error is None and memory.total is None:
             raise ValueError("nothing to encode")
         if memory.velocity is not None and (gradients is None or memory.error is None):
@@ -280,18 +280,24 @@ def _call(format: Format, layout: Layout, where: torch.device) -> _Call:
     return (_OneBitCall if isinstance(format, OneBitFormat) else _Call)(format, layout, where)
 
 
-def lost(format: Format, layout: Layout, chunks: Tensor) -> Tensor:
-    """As `Compressor.lost`, but never None: only the device knows."""
+def nonfinite_mask(format: Format, layout: Layout, chunks: Tensor) -> Tensor:
+    """As `Compressor.nonfinite_mask`, but never None: only the device knows."""
     call = _call(format, layout, chunks.device)
     bits = torch.empty(layout.numel // _ROW, dtype=torch.int32, device=chunks.device)
     call.launch("lost", _ROWS, call.payload(chunks, layout.shards), call.lost(bits))
     return bits
 
 
-def take_back(
-    format: Format, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: Memory, sparse: bool
+def rollback(
+    format: Format,
+    layout: Layout,
+    payload: Tensor,
+    lost: Tensor,
+    gradients: Sequence[Tensor],
+    memory: FeedbackState,
+    sparse: bool,
 ) -> None:
-    """As `Compressor.take_back`."""
+    """As `Compressor.rollback`."""
     call = _call(format, layout, lost.device)
     call.launch(
         "take_back", _ROWS, call.payload(payload, layout.shards), call.lost(lost), call.tensors(gradients),
@@ -316,7 +322,7 @@ class _OneBitCall(_Call):
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     call = _OneBitCall(format, layout, chunks.device)
     if memory.velocity is not None:
@@ -342,7 +348,7 @@ def one_bit_serve(
     flat = call.flat(error), call.flat(total)
     call.launch("serve_sums", call.codec.elements, *workers, *flat, np.uint64(sums.data_ptr()))
     call.scales(sums, payload)
-    call.launch("signs", call.codec.elements, call.tensors(None), call.memory(Memory(error, total=total), None), payload)
+    call.launch("signs", call.codec.elements, call.tensors(None), call.memory(FeedbackState(error, total=total), None), payload)
 
 
 def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -358,12 +364,12 @@ def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weig
 # ---- levels
 
 
-def _philox(seed: int, memory: Memory) -> _Argument:
+def _philox(seed: int, memory: FeedbackState) -> _Argument:
     return by_value(_PHILOX, (seed & 0xFFFFFFFF, seed >> 32), (memory.step, memory.bucket, memory.sender))
 
 
 def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     call = _Call(format, layout, chunks.device)
     call.launch(
@@ -373,7 +379,7 @@ def quantize_encode(
 
 
 def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
+    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
 ) -> None:
     call = _Call(format, layout, chunk.device)
     call.launch(
@@ -395,7 +401,9 @@ def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, w
 # ---- element by element
 
 
-def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+def cast_encode(
+    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+) -> None:
     call = _Call(format, layout, chunks.device)
     kept, payload = call.memory(memory, gradients), call.payload(chunks, layout.shards)
     call.launch("encode", _QUADS, call.tensors(gradients), kept, payload)
@@ -421,12 +429,12 @@ def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
     return all_within(chunks.view(-1).view(dtype).float(), limit)
 
 
-def _header(format: RandomKFormat, memory: Memory) -> _Argument:
+def _header(format: RandomKFormat, memory: FeedbackState) -> _Argument:
     return by_value(_HEADER, memory.step, memory.bucket, memory.first_shard, format.k)
 
 
 def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     call = _Call(format, layout, chunks.device)
     tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)
@@ -440,7 +448,9 @@ def random_k_encode(
     call.launch("send", _QUADS, _header(format, memory), tensors, kept, payload, things=format.k)
 
 
-def random_k_serve(format: RandomKFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor) -> None:
+def random_k_serve(
+    format: RandomKFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
+) -> None:
     call = _Call(format, layout, chunk.device)
     args = _header(format, memory), *call.pushed(pushed, weight), call.flat(memory.error), call.payload(chunk, 1)
     call.launch("serve_check", _QUADS, *args, things=format.k)
@@ -474,7 +484,7 @@ class _Work(NamedTuple):
     arrays: tuple[Tensor, Tensor]
 
 
-def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory: Memory) -> _Work:
+def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory: FeedbackState) -> _Work:
     """What a memory's passes keep on the device: the threshold they guess next, and room for candidates and entries."""
     key = format, layout, device
     found: _Work | None = memory.scratch.get(key)
@@ -493,7 +503,7 @@ def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     call = _Call(format, layout, chunks.device)
     tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)

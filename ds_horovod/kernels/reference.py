@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..feedback import FeedbackState
 from ..layout import Layout, Piece
-from ..memory import Memory
 from .formats import (
     ALL_NOT_FINITE,
     ENTRIES,
@@ -44,7 +44,7 @@ def flush(x: Tensor) -> Tensor:
 
 
 def corrected(
-    layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: Memory
+    layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: FeedbackState
 ) -> tuple[Tensor, Tensor | None]:
     """v = error + velocity of a piece, float32, and the velocity, None and the gradient where there is no momentum.
 
@@ -109,7 +109,7 @@ def _product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (a * (x >> 16) + (a * (x & 0xFFFF) >> 16)) >> 16, a * x & 0xFFFFFFFF
 
 
-def uniforms(seed: int, memory: Memory, positions: Tensor) -> Tensor:
+def uniforms(seed: int, memory: FeedbackState, positions: Tensor) -> Tensor:
     """A number of 16 bits over 2**16, in [0, 1), for the elements at some positions of what a pass encodes.
 
     Eight elements draw from one counter, each half a word, low half first: row ``position // 8``, step, bucket, sender.
@@ -124,7 +124,7 @@ def uniforms(seed: int, memory: Memory, positions: Tensor) -> Tensor:
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = Q[v], error = v - Q[v], where v = gradient + error. There is no velocity.
 
@@ -186,7 +186,7 @@ def one_bit_serve(
     before = total.clone()
     for worker in pushed:
         one_bit_accumulate(format, layout, worker, weight, total)
-    one_bit_encode(format, layout, None, Memory(total), chunk.unsqueeze(0))
+    one_bit_encode(format, layout, None, FeedbackState(total), chunk.unsqueeze(0))
     if error is not None:
         (pieces,) = layout.pieces
         for piece, slots in zip(pieces, _slots(format, pieces), strict=True):
@@ -286,7 +286,7 @@ def _one_bit_values(format: OneBitFormat, pieces: Sequence[Piece], chunk: Tensor
 
 
 def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = each element of v to a level of its block, error = v - Q[v], and zero velocity where it is not zero.
 
@@ -324,7 +324,7 @@ def quantize_encode(
 
 
 def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: Memory, chunk: Tensor
+    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
 ) -> None:
     """The server pass: v = error + weight * sum of the workers' values; chunk = Q[v]; error = v - Q[v]."""
     total = torch.zeros(layout.shard_numel) if memory.error is None else memory.error.clone()
@@ -391,7 +391,9 @@ def _unpack_codes(format: QuantizeFormat, packed: Tensor) -> Tensor:
 # ---- element by element
 
 
-def cast_encode(format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor) -> None:
+def cast_encode(
+    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+) -> None:
     """payload = v to the nearest, error = v - Q[v], element by element. The velocity is kept.
 
     The arguments are those of `one_bit_encode`.
@@ -445,7 +447,7 @@ _DRAWING = 0x72616E64 << 32
 
 
 def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = v at the positions that are drawn for each shard; error = v without them, and no velocity there.
 
@@ -544,7 +546,7 @@ def _random_k_entries(format: RandomKFormat, layout: Layout, shard: int, chunk: 
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: Memory, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = the k largest magnitudes of v in each shard, zeros left out, ties to the lowest index; error = v without them.
 

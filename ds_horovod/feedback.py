@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Memory:
+class FeedbackState:
     """What one side keeps of a bucket, and which random numbers it draws next.
 
     A pass of the worker, with a coefficient of momentum correction m (Lin et al. 2018, arXiv 1712.01887; zero: none)::

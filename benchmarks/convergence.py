@@ -203,7 +203,7 @@ class InProcess:
         rate = self._recipe.lr * self._task.learning_rate(step)
         self._optimizer.param_groups[0]["lr"] = rate
         if self._exchange:
-            self._exchange.follow(rate)
+            self._exchange.begin_step(rate)
         for worker in range(self._workers):
             x, y = self._task.batch(self._seed, worker, step)
             self._optimizer.zero_grad()

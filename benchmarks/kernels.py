@@ -48,10 +48,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_horovod.compressors import Cast, Compressor, OneBit, Quantize, RandomK, Ternary, TopK
-from ds_horovod.exchange import Options
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 
 WORKERS = 4
 MOMENTUM = 0.9
@@ -324,7 +324,7 @@ def measure_memory(name: str, malloc: str, elements: int, threads: int) -> Footp
     layout = pack([elements], codec.block, WORKERS)
     gradients = [[torch.randn(elements)] for _ in range(WORKERS)]
     before = resident("VmRSS")
-    simulation = Simulation(layout, Options(codec, codec, True, True, 1 / WORKERS), WORKERS)
+    simulation = Simulation(layout, Options(codec), WORKERS)
     for _ in range(MEMORY_STEPS):
         simulation.step(gradients)
     extra = resident("VmHWM") - before

@@ -27,7 +27,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.distributed as dist
-from one_pass import OnePass
+from one_pass import one_pass, use_one_pass
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -130,12 +130,12 @@ def distribute(
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=names or model.named_parameters(), compression=_compression(method), op=op
     )
+    if method == "onebit-allgather":
+        return Training(model, optimizer, use_one_pass(optimizer))
 
     def bytes_sent() -> float:
         if not hasattr(optimizer, "double_squeeze"):
             return ring_bytes(model) / (2 if method == "fp16" else 1)
-        if isinstance(optimizer.double_squeeze, OnePass):
-            return optimizer.double_squeeze.bytes_sent()
         stats = optimizer.double_squeeze.stats()  # empty for one rank
         return float(stats.get("compressed_bytes_sent", 0.0) + stats.get("dense_bytes_sent", 0.0))
 
@@ -155,7 +155,7 @@ def _compression(method: str) -> Any:
         "fp16": lambda: hvd.Compression.fp16,
         "onebit": lambda: DoubleSqueeze(OneBit()),
         "onebit-server": lambda: DoubleSqueeze(OneBit(), server=0),
-        "onebit-allgather": lambda: OnePass(OneBit()),
+        "onebit-allgather": lambda: one_pass(OneBit()),
     }[method]()
 
 

@@ -5,7 +5,7 @@ One pass, one compression, no server error; but what each rank receives and deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_horovod import Compressor, DoubleSqueeze, NoCompression
-from ds_horovod.session import Session
-from ds_horovod.transport import HorovodTransport
+from ds_horovod.horovod.transport import HorovodTransport
 
 
 class _OnePassTransport(HorovodTransport):
@@ -37,32 +36,27 @@ class _OnePassTransport(HorovodTransport):
         return handle.unsqueeze(0) if isinstance(handle, Tensor) else super().wait(handle)
 
 
-class OnePass(DoubleSqueeze):
-    """For ``compression=``. Its `stats` count bytes as if there were servers: see `bytes_sent` instead.
+def one_pass(compressor: Compressor) -> DoubleSqueeze:
+    """For ``compression=``, before `use_one_pass`, which also gives the bytes: `stats` counts as if there were servers."""
+    return DoubleSqueeze(compressor, server_compressor=NoCompression(), server_error=False)
 
-    Parameters
-    ----------
-    compressor
-        Of what every rank sends.
+
+def use_one_pass(optimizer: Any) -> Callable[[], float]:
+    """Exchanges an optimizer's gradients in one pass from now on.
+
+    Returns
+    -------
+    callable
+        Gives the bytes that each rank sends per step: an allgather hands every payload on to all others.
     """
+    squeeze = optimizer.double_squeeze
+    reducer = squeeze._reducer
+    if reducer.session is None:
+        return lambda: 0.0
+    reducer.rebind(_OnePassTransport(), reducer.snapshot())
 
-    def __init__(self, compressor: Compressor) -> None:
-        super().__init__(compressor, server_compressor=NoCompression(), server_error=False)
+    def bytes_sent() -> float:
+        payloads = sum(squeeze.options.compressor.chunk_nbytes(bucket.exchange.layout) for bucket in reducer.session.buckets)
+        return float((hvd.size() - 1) * payloads + squeeze.stats()["dense_bytes_sent"])
 
-    def bind(
-        self,
-        name: str,
-        parameters: Sequence[tuple[str, Tensor]],
-        average: bool,
-        transport: HorovodTransport,
-        groups: Sequence[Sequence[str]] = (),
-    ) -> Session[Any] | None:
-        self._session = super().bind(name, parameters, average, _OnePassTransport(), groups)
-        return self._session
-
-    def bytes_sent(self) -> float:
-        """By each rank, per step: an allgather hands every payload on to all others."""
-        if self._session is None:
-            return 0.0
-        payloads = sum(self.compressor.chunk_nbytes(bucket.exchange.layout) for bucket in self._session.buckets)
-        return (hvd.size() - 1) * payloads + self.stats()["dense_bytes_sent"]
+    return bytes_sent

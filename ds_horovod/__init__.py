@@ -1,26 +1,20 @@
 """DoubleSqueeze gradient compression for Horovod and PyTorch.
 
-Importing it is enough for ``hvd.DistributedOptimizer(..., compression=DoubleSqueeze)`` to work.
+Importing it is enough for ``hvd.DistributedOptimizer(..., compression=DoubleSqueeze)`` to work. Nothing of Horovod is
+imported before it is used.
 """
 
-try:
-    import horovod.torch as _horovod  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "ds_horovod needs Horovod with PyTorch (horovod.torch), which is not installed or was built for another torch. "
-        "Horovod 0.28.1 needs two lines changed to build with torch >= 2.1: scripts/install_horovod.sh of ds_horovod "
-        "does that (scripts/install_horovod.sh VENV)."
-    ) from error
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import save
 from .compressors import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from .double_squeeze import DoubleSqueeze
-from .eager import allreduce
-from .elastic import install as _install_elastic
-from .hook import install as _install
+from .on_import import extend_horovod as _extend_horovod
 
-_install()
-_install_elastic()
+if TYPE_CHECKING:
+    from .horovod.allreduce import allreduce
+
+_extend_horovod()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,3 +30,11 @@ __all__ = [
     "allreduce",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "allreduce":
+        from .horovod.allreduce import allreduce
+
+        return allreduce
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

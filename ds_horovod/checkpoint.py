@@ -1,4 +1,4 @@
-"""What is kept, as plain tensors and values, and back: of one rank exactly, or of all ranks for any number of them."""
+"""State to and from files, as plain tensors and values: of one rank exactly, or of all ranks for any number of them."""
 
 from __future__ import annotations
 
@@ -7,39 +7,22 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .compressors import Compressor
-from .exchange import Options
+from .options import Options
+from .reducer import Reducer
+from .residual import Residual, split
 from .selection import Selection
-from .session import Bucket, Owed
+from .session import Session
+from .step import Bucket
+from .uncompressed import Velocities
+from .units import Units
 
 FORMAT = 4
 _ARRAYS = ("worker_error", "server_error", "velocity")
-
-
-class Shared(NamedTuple):
-    """What is the same on all ranks."""
-
-    compressors: tuple[Compressor, Compressor | None]
-    """Of pushes and of replies, None where they are the same."""
-    step: int
-    sparse: list[str]
-    """Names of parameters with sparse gradients."""
-    velocities: dict[str, Tensor]
-    """Of what is not compressed."""
-    units: dict[str, Any]
-
-
-class Snapshot(NamedTuple):
-    """What a rank needs to go on among any number of ranks."""
-
-    owed: dict[str, Owed]
-    """Its own, by name of parameter."""
-    shared: Shared
 
 
 def save(obj: Any, path: str | os.PathLike[str]) -> None:
@@ -74,15 +57,117 @@ def _umask() -> int:
     return mask
 
 
-def require_fits(
-    state: Mapping[str, Any],
-    parameters: Sequence[tuple[str, Tensor]],
-    selection: Selection,
-    compressor: Compressor,
-    options: Options,
-) -> None:
-    """Raises ValueError unless all that a `DoubleSqueeze.full_state_dict` holds has a place here: nothing may get lost."""
-    known = dict(parameters)
+class Holder(Protocol):
+    """Whatever holds the state of one `DoubleSqueeze`: that of an optimizer, or of tensors outside one."""
+
+    units: Units
+    velocities: Velocities
+
+    @property
+    def sessions(self) -> list[Session[Any]]:
+        """All of them."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many ranks there are, and which one this is."""
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken."""
+
+    def residuals(self, of_all: bool = False) -> dict[str, Residual]:
+        """Those of this rank, or of all ranks together, by name."""
+
+
+def rank_state(options: Options, holder: Holder | None) -> dict[str, Any]:
+    """The value of `DoubleSqueeze.state_dict`; without a holder that of an instance that is not in use yet."""
+    sessions = [] if holder is None else holder.sessions
+    for session in sessions:
+        session.restore_frozen()
+    size, rank = (-1, -1) if holder is None else holder.place
+    return {
+        "format": FORMAT,
+        "size": size,
+        "rank": rank,
+        "server": options.server,
+        "sparse": sorted(name for session in sessions for name in session.sparse),
+        "buckets": [_save_bucket(bucket) for session in sessions for bucket in session.buckets],
+        "velocities": {} if holder is None else holder.velocities.state_dict(),
+        "units": (Units() if holder is None else holder.units).state_dict(),
+    }
+
+
+def full_state(options: Options, holder: Holder | None) -> dict[str, Any]:
+    """The value of `DoubleSqueeze.full_state_dict`; all ranks call it."""
+    errors, velocities = {}, {}
+    if holder is not None:
+        velocities = {name: velocity.to("cpu", copy=True) for name, velocity in holder.velocities.state_dict().items()}
+        for name, (error, velocity) in holder.residuals(of_all=True).items():
+            if options.worker_error or options.server_error:
+                errors[name] = error.to("cpu", copy=True)
+            if velocity is not None:
+                velocities[name] = velocity.to("cpu", copy=True)
+    return {
+        "format": FORMAT,
+        "step": 0 if holder is None else holder.steps,
+        "sparse": [] if holder is None else sorted(name for session in holder.sessions for name in session.sparse),
+        "errors": errors,
+        "velocities": velocities,
+        "units": (Units() if holder is None else holder.units).state_dict(),
+    }
+
+
+def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
+    """Takes back what `rank_state` or `full_state` gave of an optimizer; raises as `DoubleSqueeze.load_state_dict` does."""
+    require_format(state, reducer.options, reducer.place)
+    session = reducer.session
+    if not is_of_one_rank(state):
+        require_fits(state, reducer.parameters, reducer.selection)
+        residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
+        reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"])
+    elif session is None:
+        load_buckets(state["buckets"], [])
+        reducer.velocities.load_state_dict(state["velocities"])
+    else:
+        sparse = set(state["sparse"])
+        buckets = session.buckets if session.started or sparse == session.sparse else session.fill(sparse)
+        load_buckets(state["buckets"], buckets)
+        session.adopt(sparse, buckets, hold_errors=True)
+        reducer.velocities.load_state_dict(state["velocities"])
+    reducer.units.load_state_dict(state["units"])
+
+
+def is_of_one_rank(state: Mapping[str, Any]) -> bool:
+    """Whether a state is one of `rank_state` rather than `full_state`."""
+    return "buckets" in state
+
+
+def require_format(state: Mapping[str, Any], options: Options, place: tuple[int, int] | None) -> None:
+    """Raises ValueError unless a state is of this format and, if it is of one rank, of this place.
+
+    Parameters
+    ----------
+    state, options
+        The state, and the options of the instance that is to hold it.
+    place
+        How many ranks there are and which one this is; None where that is not known yet.
+    """
+    if not is_of_one_rank(state):
+        if state.get("format") != FORMAT:
+            raise ValueError(f"DoubleSqueeze: the state is of format {state.get('format')}, this is format {FORMAT}")
+        return
+    expected: dict[str, Any] = {"format": FORMAT, "server": options.server}
+    if place is not None:
+        expected |= {"world size": place[0], "rank": place[1]}
+    for label, value in expected.items():
+        found = state.get("size" if label == "world size" else label)
+        if found != value:
+            raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
+
+
+def require_fits(state: Mapping[str, Any], parameters: Sequence[tuple[str, Tensor]], selection: Selection) -> None:
+    """Raises ValueError unless all that a `full_state` holds has a place here: nothing may get lost."""
+    known, options = dict(parameters), selection.options
     if state["errors"] and not (options.worker_error or options.server_error):
         raise _unfit("errors, but neither worker_error nor server_error is on")
     if state["velocities"] and not options.momentum:
@@ -94,7 +179,7 @@ def require_fits(
             if tensor.shape != known[name].shape:
                 raise _unfit(f"{kind} of {name} of shape {tuple(tensor.shape)}, here {tuple(known[name].shape)}")
     for name in state["errors"]:
-        if name in state["sparse"] or selection.compressor(name, known[name], compressor) is None:
+        if name in state["sparse"] or selection.compressor(name, known[name]) is None:
             raise _unfit(f"errors of {name}, which is not compressed here")
 
 
@@ -102,14 +187,14 @@ def _unfit(what: str) -> ValueError:
     return ValueError(f"DoubleSqueeze: the state holds {what}")
 
 
-def save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:
+def _save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:
     """The layout of a bucket, its errors and velocity (not copied), and how many steps it has taken."""
     layout = bucket.exchange.layout
     return {
         "parameters": list(bucket.names),
         "numels": list(layout.numels),
         "offsets": list(layout.offsets),
-        "weight": bucket.exchange.options.weight,
+        "weight": bucket.exchange.weight,
         "step": bucket.exchange.worker.step,
         **{key: getattr(bucket.exchange, key) for key in _ARRAYS},
     }
@@ -125,7 +210,7 @@ def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[An
     """
     if len(saved) != len(buckets):
         raise _another_layout(f"{len(saved)} buckets, here {len(buckets)}")
-    own = [save_bucket(bucket) for bucket in buckets]
+    own = [_save_bucket(bucket) for bucket in buckets]
     for b, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
         for key in ("parameters", "numels", "offsets", "weight"):
             if theirs[key] != ours[key]:

@@ -1,86 +1,114 @@
-"""An allreduce with an error of its own, for tensors outside an optimizer."""
+"""Tensors outside an optimizer, each with an error of its own: what a `DoubleSqueeze` is once an allreduce uses it."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from .double_squeeze import DoubleSqueeze
-from .hook import is_average
-from .selection import COMPRESSIBLE
-from .transport import HorovodTransport, require_horovod_for
+from .checkpoint import is_of_one_rank, load_buckets, require_fits, require_format
+from .options import Options
+from .residual import Residual, split
+from .selection import Selection
+from .session import GroupTransport, Session
+from .uncompressed import Velocities
+from .units import Units
 
-_default: DoubleSqueeze | None = None
 
-
-def allreduce(
-    tensor: Tensor,
-    name: str,
-    op: Any = hvd.Average,
-    compression: DoubleSqueeze | type[DoubleSqueeze] = DoubleSqueeze,
-    process_set: Any = hvd.global_process_set,
-) -> Tensor:
-    """Averages or sums a tensor over all ranks through the two compressed passes, in place of ``hvd.allreduce``.
-
-    What compression takes away stays in an error that belongs to the name and is added at the next call with it: give
-    the same tensor the same name each time, and each tensor another one. The tensor is compressed whatever its size.
+class TensorReducer:
+    """A session for each name, made at its first use, whose only parameter stands for the tensor.
 
     Parameters
     ----------
-    tensor
-        float32, float16 or bfloat16, dense, of the same shape on all ranks and of the same shape and device at each call; not
-        modified.
-    name
-        Of the error and of the collectives; the same on all ranks.
-    op
-        ``hvd.Average`` or ``hvd.Sum``.
-    compression
-        An instance holds the errors of the names used with it (`DoubleSqueeze.state_dict`, `DoubleSqueeze.stats`) and
-        must not be an optimizer's. The class: an instance with defaults that all such calls share.
-    process_set
-        The ranks that take part, all of which call it.
-
-    Returns
-    -------
-    Tensor
-        Of the tensor's shape and dtype, the same on all ranks.
+    options
+        As the user chose them.
+    loaded
+        A state for tensors that have not been seen yet.
 
     Raises
     ------
-    TypeError, ValueError
-        The tensor, op, or compression is none of those; the job is elastic; the name stood for another tensor or op; the
-        ranks disagree.
+    ValueError
+        An option that only an optimizer can follow.
     """
-    global _default
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"allreduce: name must be a string that is not empty, since the error belongs to it; got {name!r}")
-    if tensor.is_sparse or tensor.dtype not in COMPRESSIBLE or tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"allreduce: {name!r} must be a dense float32, float16 or bfloat16 tensor on cpu or cuda, "
-            f"got {tensor.dtype} ({tensor.layout}) on {tensor.device}"
-        )
-    if compression is DoubleSqueeze:
-        compression = _default = _default or DoubleSqueeze()
-    if not isinstance(compression, DoubleSqueeze):
-        raise TypeError(f"allreduce: compression must be DoubleSqueeze or an instance of it, got {compression!r}")
-    if os.environ.get("HOROVOD_ELASTIC") == "1":  # ranks that come would wait for ever for the others to compare notes
-        raise ValueError(
-            "allreduce: its errors do not follow ranks that come and go, so not in elastic jobs; use hvd.allreduce"
-        )
-    average = is_average(op)
-    if not process_set.included():
-        raise ValueError(f"allreduce: process_set must hold this rank, {hvd.rank()}; got {process_set}")
-    if process_set.size() == 1 or tensor.numel() == 0:
-        return tensor.clone()
-    require_horovod_for([tensor.device])
-    transport = HorovodTransport(compression.server, process_set)
-    session = compression.tensor_session("doublesqueeze.tensor", name, tensor, average, transport)
-    ((_, stand_in),) = session.parameters
-    stand_in.grad = tensor.detach().clone(memory_format=torch.contiguous_format)
-    session.meet(stand_in)
-    session.ready(stand_in)
-    return session.finish(stand_in)
+
+    def __init__(self, options: Options, loaded: Mapping[str, Any] | None = None) -> None:
+        for option in ("momentum", "warmup_steps", "max_norm", "grad_scaler", "lr_aware", "choose"):
+            if getattr(options, option):
+                raise ValueError(f"allreduce: {option} is for optimizers; got a compression with {getattr(options, option)!r}")
+        self.options = options
+        self.units = Units()
+        self.velocities = Velocities(0.0)
+        self.place = -1, -1
+        """How many ranks there are, and which one this is."""
+        self._loaded = loaded
+        self._sessions: dict[str, Session[Any]] = {}
+
+    @property
+    def sessions(self) -> list[Session[Any]]:
+        """In the order in which their names were first used."""
+        return list(self._sessions.values())
+
+    @property
+    def steps(self) -> int:
+        """The most that any tensor has taken."""
+        return max((session.step for session in self.sessions), default=0)
+
+    def residuals(self, of_all: bool = False) -> dict[str, Residual]:
+        """By name of tensor, as `Session.export_residual` says."""
+        return {n: r for session in self.sessions for n, r in session.export_residual(of_all).items()}
+
+    def session(self, prefix: str, name: str, tensor: Tensor, average: bool, transport: GroupTransport[Any]) -> Session[Any]:
+        """The session of one tensor.
+
+        Raises
+        ------
+        ValueError
+            The tensor is another than the name stood for, or the loaded state is not its.
+        """
+        weight = 1.0 / transport.size if average else 1.0
+        session = self._sessions.get(name)
+        if session is None:
+            self.place = transport.size, transport.rank
+            stand_in = torch.empty_like(tensor).requires_grad_()
+            selection = Selection(replace(self.options, min_numel=1, bucket_cap_mb=None), min_dim=0)
+            session = Session(f"{prefix}.{name}", [(name, stand_in)], selection, weight, transport)
+            if self._loaded is not None:
+                self._load_session(self._loaded, session)
+            self._sessions[name] = session
+        ((_, stand_in),) = session.parameters
+        now, then = ((x.dtype, tuple(x.shape), x.device) for x in (tensor, stand_in))
+        if (now, weight) != (then, session.weight):
+            raise ValueError(
+                f"allreduce: {name!r} stood for {then[0]} {then[1]} on {then[2]} with weight {session.weight}, "
+                f"now for {now[0]} {now[1]} on {now[2]} with weight {weight}; "
+                "its error belongs to one tensor and op: give another name"
+            )
+        return session
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes back a state, of tensors that have not been seen yet at their first use; nothing has changed if it raises."""
+        require_format(state, self.options, self.place)
+        if is_of_one_rank(state):
+            if any(len(b["parameters"]) > 1 for b in state["buckets"]):
+                raise ValueError("DoubleSqueeze: the state is of an optimizer, this instance is used by allreduce")
+            known = [b for b in state["buckets"] if b["parameters"][0] in self._sessions]
+            load_buckets(known, [self._sessions[b["parameters"][0]].buckets[0] for b in known])
+        else:
+            for session in self.sessions:
+                self._load_session(state, session)
+        self._loaded = state
+
+    def _load_session(self, state: Mapping[str, Any], session: Session[Any]) -> None:
+        ((name, _),) = session.parameters
+        require_format(state, self.options, self.place)
+        if is_of_one_rank(state):
+            saved = [b for b in state["buckets"] if b["parameters"] == [name]]
+            load_buckets(saved, session.buckets if saved else [])
+        elif name in state["errors"]:
+            own = {**state, "errors": {name: state["errors"][name]}}
+            require_fits(own, session.parameters, session.selection)
+            residuals = {name: Residual(state["errors"][name], None)}
+            session.import_residual(split(residuals, session.transport.size), state["step"])

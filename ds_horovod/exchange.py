@@ -1,4 +1,4 @@
-"""The two passes over one bucket. It knows buckets, compressors and a transport, and nothing of Horovod.
+"""The two passes over one bucket: the algorithm. It knows layouts, compressors and a transport, and nothing of Horovod.
 
 One step of DoubleSqueeze (Tang et al. 2019, arXiv 1905.05957, algorithm 1), for n workers and a server that is sharded
 over them, or one of them:
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -28,15 +26,11 @@ from torch.autograd.profiler import record_function
 from .compressors import Compressor, NoCompression
 from .feedback import FeedbackState
 from .layout import Layout
+from .options import Options
+from .streams import Streams
 
 Handle = TypeVar("Handle")
 _UNCOMPRESSED = NoCompression()
-
-
-@lru_cache(maxsize=64)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where servers and decoders work while backward goes on: a stream of high priority for each GPU."""
-    return torch.cuda.Stream(device, priority=-1)
 
 
 class Transport(Protocol[Handle]):
@@ -53,12 +47,14 @@ class Transport(Protocol[Handle]):
     """As many as there are servers: `size`, or 1."""
     serves: int | None
     """The shard that this rank serves, or None."""
+    in_order: bool
+    """Whether collectives are matched by their order instead of their names. Pushes are matched with pushes then, and pulls
+    with pulls, and all ranks must begin each kind in one order."""
+    stream_ordered: bool
+    """Whether what arrives on a GPU is there only once the device's default stream has come so far."""
 
     def push(self, payload: Tensor, name: str) -> Handle:
         """Sends chunk s of ``uint8 (shards, nbytes)`` to the server of shard s, which gets ``(size, nbytes)``."""
-
-    stream_ordered: bool
-    """Whether what arrives on a GPU is there only once the device's default stream is so far."""
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Handle:
         """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)`` on a device."""
@@ -70,27 +66,7 @@ class Transport(Protocol[Handle]):
         """What arrived; to be called once for each handle, when `poll` says so."""
 
     def waiting(self, seconds: float, names: Sequence[str]) -> None:
-        """Is told, every second or so, of collectives that have been awaited for long."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the exchange does with a bucket; equal on all ranks."""
-
-    compressor: Compressor
-    """Of what the workers push."""
-    server_compressor: Compressor | None
-    """Of what the servers reply. None: the same."""
-    worker_error: bool
-    server_error: bool
-    weight: float
-    """1 / workers for an average, 1 for a sum."""
-    momentum: float = 0.0
-    """Of the workers' momentum correction."""
-    warmup_steps: int = 0
-    """First steps in which everything travels uncompressed."""
-    max_norm: float | None = None
-    """To which each worker clips its gradients before it compresses them."""
+        """Is told, every second or so, of collectives that have been pending for long."""
 
 
 @dataclass
@@ -112,9 +88,9 @@ class Totals:
 
 @dataclass
 class Exchange(Generic[Handle]):
-    """One bucket: its layout, its memories, and how to send it.
+    """One bucket: its layout, its feedback states, and the algorithm.
 
-    The memories hold the only state of full size: the worker's float32 ``(layout.numel,)`` arrays, and the server's
+    The feedback states hold the only arrays of full size: the worker's float32 ``(layout.numel,)``, and the server's
     ``(layout.shard_numel,)`` on ranks that serve.
     """
 
@@ -123,17 +99,20 @@ class Exchange(Generic[Handle]):
     name: str
     layout: Layout
     options: Options
+    weight: float
+    """1 / workers for an average, 1 for a sum."""
     transport: Transport[Handle]
     device: torch.device
     totals: Totals = field(default_factory=Totals)
     worker: FeedbackState = field(init=False)
     server: FeedbackState = field(init=False)
+    streams: Streams = field(init=False)
 
     def __post_init__(self) -> None:
-        options, transport, numel = self.options, self.transport, self.layout.numel
+        options, transport = self.options, self.transport
         self.worker = FeedbackState(
-            error=torch.zeros(numel, device=self.device) if options.worker_error else None,
-            velocity=torch.zeros(numel, device=self.device) if options.momentum else None,
+            error=self._zeros(self.layout.numel) if options.worker_error else None,
+            velocity=self._zeros(self.layout.numel) if options.momentum else None,
             momentum=options.momentum,
             bucket=self.bucket,
             sender=2 * transport.rank,
@@ -144,16 +123,15 @@ class Exchange(Generic[Handle]):
             self.shard = self.layout.shard(transport.serves)
             self.server.first_shard = transport.serves
             if options.server_error:
-                self.server.error = torch.zeros(self.layout.shard_numel, device=self.device)
-        used = [options.compressor, options.server_compressor or options.compressor]
+                self.server.error = self._zeros(self.layout.shard_numel)
+        used = [options.compressor, options.reply_compressor]
         for compressor in used + [_UNCOMPRESSED] * (options.warmup_steps > 0):
             compressor.prepare(self.layout, self.device)
             if self.shard is not None:
                 compressor.prepare(self.shard, self.device)
-        self._side = _side_stream(self.device) if self.device.type == "cuda" else None
-        self._producers: set[torch.cuda.Stream] = set()
-        # Buffers of flights that have landed, for the next: freed and allocated anew, they would fragment the heap.
-        self.spare_buffers: dict[tuple[int, ...], list[Tensor]] = {}
+        self.streams = Streams(self.device)
+        # Payload buffers of exchanges that are done, for the next: freed and allocated anew, they would fragment the heap.
+        self._buffers: dict[tuple[int, ...], list[Tensor]] = {}
 
     @property
     def worker_error(self) -> Tensor | None:
@@ -170,100 +148,73 @@ class Exchange(Generic[Handle]):
         """u: float32, ``(layout.numel,)``; None without momentum correction."""
         return self.worker.velocity
 
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=torch.float32, device=self.device)
+
+    def step(self, work: InFlight[Handle]) -> Generator[tuple[str, Handle], Tensor, None]:
+        """One step of the algorithm: yields the name and handle of each collective, and is resumed with what has arrived."""
+        layout, transport, streams = self.layout, self.transport, self.streams
+        compressor, reply_compressor = self.compressors()
+        # Sizes under a name never change: Horovod keeps what it has agreed on for each.
+        name = self.name + (".uncompressed" if compressor is _UNCOMPRESSED else "")
+
+        with self.timed("worker_pass"):
+            payload = streams.record_stream(self.acquire(layout.shards, compressor.chunk_nbytes(layout)))
+            compressor.encode(layout, work.source, self.worker, payload)
+        self.worker.step += 1
+        pushed = yield name + ".push", transport.push(payload, name + ".push")
+
+        reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
+        if self.shard is not None:
+            with self.timed("server_pass"):
+                reply = self.acquire(reply_nbytes)
+                reply_compressor.serve(self.shard, pushed, compressor, self.weight, self.server, reply)
+                if work.destination[0].dtype == torch.float16:
+                    reply_compressor.keep_overflow(self.shard, reply, self.server, torch.finfo(torch.float16).max)
+            self.server.step += 1
+        replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
+
+        if not work.cancelled:
+            with self.timed("decode"):
+                mask = None if self.worker.error is None else reply_compressor.nonfinite_mask(layout, replies)
+                if mask is not None:
+                    compressor.rollback(layout, payload, mask, work.source, self.worker)
+                reply_compressor.decode(layout, replies, work.destination)
+
+        self._count_traffic(payload.shape[1], reply_nbytes)
+        if compressor is not _UNCOMPRESSED:  # the warm-up's buffers are large, and soon not needed
+            self.release(payload)
+            if reply is not None:
+                self.release(reply)
+
     def compressors(self) -> tuple[Compressor, Compressor]:
         """The worker's and the server's for the coming step."""
         if self.worker.step < self.options.warmup_steps:
             return _UNCOMPRESSED, _UNCOMPRESSED
-        return self.options.compressor, self.options.server_compressor or self.options.compressor
+        return self.options.compressor, self.options.reply_compressor
 
-    def zeros(self, *shape: int) -> Tensor:
+    def begin(self, source: Sequence[Tensor], destination: Sequence[Tensor]) -> InFlight[Handle]:
+        """Runs the worker pass and begins the push of one step; see `InFlight`."""
+        return InFlight(self, source, destination)
+
+    def acquire(self, *shape: int) -> Tensor:
         """Bytes for a payload, all zero."""
-        spare = self.spare_buffers.get(shape)
+        spare = self._buffers.get(shape)
         return spare.pop().zero_() if spare else torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
-    def put_back(self, buffer: Tensor) -> None:
-        """For the next `zeros` of its shape."""
-        self.spare_buffers.setdefault(tuple(buffer.shape), []).append(buffer)
+    def release(self, buffer: Tensor) -> None:
+        """Gives a buffer to the next `acquire` of its shape."""
+        self._buffers.setdefault(tuple(buffer.shape), []).append(buffer)
 
-    def owed(self) -> tuple[Tensor, Tensor | None]:
-        """What this rank still owes to the gradients, between two steps.
-
-        Returns
-        -------
-        error, velocity
-            ``weight * e``, and E where this rank serves; ``weight * u``, or None. Both float32, ``(layout.numel,)``, new. Over
-            all ranks they add up to what the law counts, ``mean_i(e_i) + E``, whatever the layout and the ranks are.
-        """
-        self.join()
-        weight, error, velocity = self.options.weight, self.worker.error, self.worker.velocity
-        owed = torch.zeros(self.layout.numel, device=self.device) if error is None else error * weight
-        if self.server.error is not None:
-            owed[self._served] += self.server.error
-        return owed, None if velocity is None else velocity * weight
-
-    def owe(self, error: Tensor, velocity: Tensor | None, step: int) -> None:
-        """Takes over what other exchanges have `owed`, in place of what this one holds.
-
-        Parameters
-        ----------
-        error, velocity
-            The share of this rank, as `owed` gives it. Where workers do not compensate it must be the same on all ranks.
-        step
-            How many have been taken.
-        """
-        if self.worker.error is not None:
-            torch.div(error, self.options.weight, out=self.worker.error)
-        if self.server.error is not None:
-            self.server.error.zero_()
-            if self.worker.error is None:
-                self.server.error.add_(error[self._served], alpha=self.transport.size)
-        if self.worker.velocity is not None:
-            if velocity is None:
-                self.worker.velocity.zero_()
-            else:
-                torch.div(velocity, self.options.weight, out=self.worker.velocity)
-        self.worker.step = self.server.step = step
-        self.written()
-
-    @property
-    def _served(self) -> slice:
-        start = self.server.first_shard * self.layout.shard_numel
-        return slice(start, start + self.layout.shard_numel)
-
-    def kept(self, tensor: int) -> list[Tensor]:
-        """What this rank keeps of one tensor of the layout, of both errors, then of the velocity: to change between steps."""
-        self.join()
-        flat = slice(self.layout.offsets[tensor], self.layout.offsets[tensor] + self.layout.numels[tensor])
-        parts = [] if self.worker.error is None else [self.worker.error[flat]]
-        if self.server.error is not None:  # at most one piece of a tensor lies in a shard
-            pieces = self.layout.pieces[self.server.first_shard]
-            at = bisect_left(pieces, tensor, key=lambda piece: piece.tensor)
-            if at < len(pieces) and pieces[at].tensor == tensor:
-                parts.append(self.server.error[pieces[at].offset : pieces[at].offset + pieces[at].numel])
-        return parts if self.worker.velocity is None else [*parts, self.worker.velocity[flat]]
-
-    def rescale(self, factor: float, of_tensors: Sequence[float]) -> None:
-        """Multiplies errors and velocity by a factor, and the errors of each tensor by another one; between two steps."""
-        self.join()
-        if factor != 1.0:
-            for array in (self.worker.error, self.server.error, self.worker.velocity):
-                if array is not None:
-                    array *= factor
-        for tensor, more in enumerate(of_tensors):
-            if more != 1.0:
-                parts = self.kept(tensor)
-                for error in parts if self.worker.velocity is None else parts[:-1]:
-                    error *= more
-        self.written()
-
-    def written(self) -> None:
-        """What is kept has been changed on the current stream: passes on other ones wait for it."""
-        self.produced()
-        if self._side is not None:
-            self._side.wait_stream(torch.cuda.current_stream(self.device))
+    def _count_traffic(self, push_nbytes: int, reply_nbytes: int) -> None:
+        """Adds a step's bytes to the totals: of what crosses the network, a chunk to and from each other rank."""
+        serves, others = int(self.shard is not None), self.transport.size - 1
+        to_others, from_others = self.layout.shards - serves, serves * others
+        self.totals.bytes_sent += to_others * push_nbytes + from_others * reply_nbytes
+        self.totals.bytes_received += from_others * push_nbytes + to_others * reply_nbytes
 
     @contextlib.contextmanager
-    def counted(self, what: str) -> Iterator[None]:
+    def timed(self, what: str) -> Iterator[None]:
         """Adds the seconds inside to ``totals.{what}_seconds``, and shows them to a profiler, if one is on."""
         start = time.perf_counter()
         # A range costs microseconds also where nobody looks.
@@ -273,130 +224,45 @@ class Exchange(Generic[Handle]):
         seconds = getattr(self.totals, f"{what}_seconds") + time.perf_counter() - start
         setattr(self.totals, f"{what}_seconds", seconds)
 
-    # ---- streams of a GPU: the worker pass runs on the stream that backward is on, all that follows on another one
 
-    def produced(self) -> None:
-        """A gradient of the bucket has been made, on the current stream."""
-        if self._side is not None:
-            self._producers.add(torch.cuda.current_stream(self.device))
+class InFlight(Generic[Handle]):
+    """One step of one bucket under way: drives `Exchange.step`, and never blocks.
 
-    def gather(self, gradients: Sequence[Tensor]) -> None:
-        """The current stream waits for all gradients that have been `produced`."""
-        if self._side is None:
-            return
-        current = torch.cuda.current_stream(self.device)
-        for stream in self._producers - {current}:
-            current.wait_stream(stream)
-            for gradient in gradients:  # made by one of them, and read by this one
-                gradient.record_stream(current)
-        self._producers.clear()
+    Parameters
+    ----------
+    exchange
+        The bucket's. The worker pass runs and the push begins at once.
+    source
+        The gradients: contiguous tensors, in the order of the layout. They are read now, and again where the reply is not
+        finite.
+    destination
+        Contiguous tensors, alike, which receive the aggregated gradients. They may be those of the source.
+    """
 
-    def beside(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, everything is queued on the side stream."""
-        return contextlib.nullcontext() if self._side is None else torch.cuda.stream(self._side)
+    def __init__(self, exchange: Exchange[Handle], source: Sequence[Tensor], destination: Sequence[Tensor]) -> None:
+        self.exchange, self.source, self.destination = exchange, source, destination
+        self.cancelled = False
+        """Whether the destination is left alone. The collectives go on, since other ranks take part in them."""
+        self.done = False
+        self.stage = 0
+        """Collectives that are done."""
+        self._steps = exchange.step(self)
+        self.pending, self._handle = next(self._steps)
+        """The name of the collective under way."""
 
-    def lend(self, tensor: Tensor, after_default: bool = False) -> Tensor:
-        """A tensor of another stream that is used on the side stream; there once the default stream is so far, or already."""
-        if self._side is not None:
-            if after_default:
-                self._side.wait_stream(torch.cuda.default_stream(self.device))
-            tensor.record_stream(self._side)
-        return tensor
+    def poll(self, stages: int) -> bool:
+        """Goes on as far as possible without blocking, until so many collectives are done. Returns whether all are."""
+        exchange, transport = self.exchange, self.exchange.transport
+        while not self.done and self.stage < stages and transport.poll(self._handle):
+            with exchange.streams.side():
+                arrived = exchange.streams.record_stream(transport.wait(self._handle), transport.stream_ordered)
+                self.stage += 1
+                try:
+                    self.pending, self._handle = self._steps.send(arrived)
+                except StopIteration:
+                    self.finish()
+                    self.done = True
+        return self.done
 
-    def join(self) -> None:
-        """The current stream waits for what the side stream has been given."""
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
-
-    def begin(self, gradients: Sequence[Tensor]) -> Flight[Handle]:
-        """The worker pass, and off with the payload.
-
-        Parameters
-        ----------
-        gradients
-            Contiguous tensors, in the order of the layout. They are read now and written when the flight lands.
-        """
-        return Flight(self, gradients)
-
-
-class Flight(Generic[Handle]):
-    """One bucket under way: pushing, then pulling, then landed. Nothing here waits."""
-
-    def __init__(self, exchange: Exchange[Handle], gradients: Sequence[Tensor]) -> None:
-        self._exchange = exchange
-        self._gradients: Sequence[Tensor] | None = gradients
-        self._dtype = gradients[0].dtype
-        self._pulling = False
-        self.landed = False
-        self._compressor, self._server_compressor = exchange.compressors()
-        shards = exchange.layout.shards
-        self._reply_nbytes = self._server_compressor.chunk_nbytes(exchange.layout)
-        self._reply: Tensor | None = None
-        with exchange.counted("worker_pass"):
-            # Kept until the reply is there, for rollback.
-            self._payload = exchange.lend(exchange.zeros(shards, self._compressor.chunk_nbytes(exchange.layout)))
-            self._compressor.encode(exchange.layout, gradients, exchange.worker, self._payload)
-        exchange.worker.step += 1
-        # Sizes under a name never change: Horovod keeps what it has agreed on for each.
-        self._name = exchange.name + (".uncompressed" if self._compressor is _UNCOMPRESSED else "")
-        self._handle = exchange.transport.push(self._payload, self._name + ".push")
-        exchange.totals.bytes_sent += (shards - (exchange.transport.serves is not None)) * self._payload.shape[1]
-
-    @property
-    def awaited(self) -> str:
-        """The name of the collective that is under way."""
-        return self._name + (".pull" if self._pulling else ".push")
-
-    def poll(self) -> bool:
-        """Does what can be done without waiting. Returns whether the flight has landed."""
-        while not self.landed and self._exchange.transport.poll(self._handle):
-            self._advance()
-        return self.landed
-
-    def drop(self) -> None:
-        """Leaves the gradients alone when the flight lands. It must land still: the other ranks take part in it."""
-        self._gradients = None
-
-    def _advance(self) -> None:
-        exchange = self._exchange
-        with exchange.beside():
-            arrived = exchange.lend(exchange.transport.wait(self._handle), exchange.transport.stream_ordered)
-            if self._pulling:
-                self._land(arrived)
-            else:
-                self._serve(arrived)
-                self._pulling = True
-
-    def _serve(self, pushed: Tensor) -> None:
-        exchange, others = self._exchange, self._exchange.transport.size - 1
-        if exchange.shard is not None:
-            with exchange.counted("server_pass"):
-                self._reply = exchange.zeros(self._reply_nbytes)
-                self._server_compressor.serve(
-                    exchange.shard, pushed, self._compressor, exchange.options.weight, exchange.server, self._reply
-                )
-                if self._dtype == torch.float16:
-                    limit = torch.finfo(torch.float16).max
-                    self._server_compressor.keep_overflow(exchange.shard, self._reply, exchange.server, limit)
-            exchange.server.step += 1
-            exchange.totals.bytes_received += others * self._payload.shape[1]
-            exchange.totals.bytes_sent += others * self._reply_nbytes
-        self._handle = exchange.transport.pull(self._reply, self._reply_nbytes, self._name + ".pull", exchange.device)
-
-    def _land(self, replies: Tensor) -> None:
-        exchange = self._exchange
-        if self._gradients is not None:
-            with exchange.counted("decode"):
-                if exchange.worker.error is not None:
-                    lost = self._server_compressor.nonfinite_mask(exchange.layout, replies)
-                    if lost is not None:
-                        self._compressor.rollback(exchange.layout, self._payload, lost, self._gradients, exchange.worker)
-                self._server_compressor.decode(exchange.layout, replies, self._gradients)
-        own = exchange.transport.serves is not None
-        exchange.totals.bytes_received += (exchange.layout.shards - own) * self._reply_nbytes
-        self._gradients = None
-        if self._compressor is not _UNCOMPRESSED:  # the warm-up's are large, and soon not needed
-            exchange.put_back(self._payload)
-            if self._reply is not None:
-                exchange.put_back(self._reply)
-        self.landed = True
+    def finish(self) -> None:
+        """Is called on the side stream once the destination is written."""

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .double_squeeze import DoubleSqueeze
-from .exchange import Exchange, Options
+from .double_squeeze import DoubleSqueeze, bind
+from .exchange import Exchange
 from .layout import Layout
+from .options import Options
 from .session import Session
 
 
 class _Ticket(NamedTuple):
-    name: str
+    key: str
+    """What collectives are matched by: the name, or the kind."""
     round: int
-    """How often this rank has used the name before."""
+    """How often this rank has used the key before."""
     kind: str
 
 
@@ -42,27 +44,37 @@ class _Mailbox:
 class InProcessTransport:
     """One worker's end of a group of `size` workers in this process; `group` makes all of them."""
 
-    def __init__(self, rank: int, size: int, server: int | None, mailbox: _Mailbox) -> None:
+    def __init__(self, rank: int, size: int, server: int | None, mailbox: _Mailbox, in_order: bool = False) -> None:
         self.rank, self.size, self.server = rank, size, server
         self.shards = size if server is None else 1
         self.serves = rank if server is None else (0 if server == rank else None)
+        self.in_order = in_order
         self.stream_ordered = False
         self._mailbox = mailbox
         self._rounds: dict[str, int] = defaultdict(int)
 
     @classmethod
-    def group(cls, size: int, server: int | None = None) -> list[InProcessTransport]:
-        """Transports of `size` workers that reach each other; `server` as in `HorovodTransport`."""
+    def group(cls, size: int, server: int | None = None, in_order: bool = False) -> list[InProcessTransport]:
+        """Transports of `size` workers that reach each other.
+
+        Parameters
+        ----------
+        size, server
+            How many workers there are, and which of them serves everything; None: each its shard.
+        in_order
+            Whether pushes are matched with pushes and pulls with pulls by their order, as process groups of torch do it.
+        """
         if server is not None and not 0 <= server < size:
             raise ValueError(f"InProcessTransport: server must be None or from 0 to {size - 1}, got {server}")
         mailbox = _Mailbox()
-        return [cls(rank, size, server, mailbox) for rank in range(size)]
+        return [cls(rank, size, server, mailbox, in_order) for rank in range(size)]
 
     def _send(self, tensor: Tensor | None, name: str, kind: str) -> _Ticket:
-        ticket = _Ticket(name, self._rounds[name], kind)
-        self._rounds[name] += 1
+        key = kind if self.in_order else name
+        ticket = _Ticket(key, self._rounds[key], kind)
+        self._rounds[key] += 1
         made = torch.cuda.current_stream(tensor.device).record_event() if tensor is not None and tensor.is_cuda else None
-        self._mailbox.sent[ticket.name, ticket.round][self.rank] = _Sent(tensor, made)
+        self._mailbox.sent[ticket.key, ticket.round][self.rank] = _Sent(tensor, made)
         return ticket
 
     def push(self, payload: Tensor, name: str) -> _Ticket:
@@ -72,14 +84,14 @@ class InProcessTransport:
         return self._send(reply, name, "pull")
 
     def poll(self, handle: _Ticket) -> bool:
-        return len(self._mailbox.sent[handle.name, handle.round]) == self.size
+        return len(self._mailbox.sent[handle.key, handle.round]) == self.size
 
     def wait(self, handle: _Ticket) -> Tensor:
-        key = handle.name, handle.round
+        key = handle.key, handle.round
         sent = self._mailbox.sent[key]
         if len(sent) < self.size:
             missing = sorted(set(range(self.size)) - set(sent))
-            raise RuntimeError(f"rank {self.rank} would wait for ever: ranks {missing} have not sent {handle.name}")
+            raise RuntimeError(f"rank {self.rank} would wait for ever: ranks {missing} have not sent {handle.key}")
         tensors = [tensor for _, (tensor, _) in sorted(sent.items()) if tensor is not None]
         for _, made in sent.values():
             if made is not None:
@@ -120,6 +132,8 @@ class Simulation:
         The rank that serves all of the bucket; None: every rank its shard.
     device
         Of gradients and errors.
+    average
+        Whether gradients are averaged rather than added up.
     """
 
     def __init__(
@@ -129,20 +143,22 @@ class Simulation:
         workers: int,
         server: int | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        average: bool = True,
     ) -> None:
+        weight = 1.0 / workers if average else 1.0
         self.exchanges = [
-            Exchange(0, "simulation", layout, options, transport, device)
+            Exchange(0, "simulation", layout, options, weight, transport, device)
             for transport in InProcessTransport.group(workers, server)
         ]
 
     def step(self, gradients: Sequence[Sequence[Tensor]]) -> None:
         """One exchange; gradients are by worker and tensor, contiguous, read and written in place."""
-        flights = [exchange.begin(g) for exchange, g in zip(self.exchanges, gradients, strict=True)]
-        for _ in ("serve", "land"):
-            for flight in flights:
-                flight.poll()
+        under_way = [exchange.begin(g, g) for exchange, g in zip(self.exchanges, gradients, strict=True)]
+        for stages in (1, 2):  # all pushes, then all pulls
+            for work in under_way:
+                work.poll(stages)
         for exchange in self.exchanges:
-            exchange.join()
+            exchange.streams.wait_for_side()
 
 
 class Workers:
@@ -160,19 +176,23 @@ class Workers:
 
     def __init__(self, make: Callable[[], DoubleSqueeze], parameters: Sequence[tuple[str, Tensor]], workers: int) -> None:
         self.squeezes = [make() for _ in range(workers)]
-        for squeeze, transport in zip(self.squeezes, InProcessTransport.group(workers, self.squeezes[0].server), strict=True):
+        if workers < 2:
+            raise ValueError(f"Workers: workers must be at least 2, got {workers}")
+        transports = InProcessTransport.group(workers, self.squeezes[0].options.server)
+        self.reducers = []
+        for squeeze, transport in zip(self.squeezes, transports, strict=True):
             own = [(name, p.detach().clone().requires_grad_(p.requires_grad)) for name, p in parameters]
-            if squeeze.bind("workers", own, True, transport) is None:
-                raise ValueError(f"Workers: workers must be at least 2, got {workers}")
+            self.reducers.append(bind(squeeze, "workers", own, True, transport))
 
     @property
-    def _sessions(self) -> list[Session[Any]]:
-        return [squeeze.session for squeeze in self.squeezes if squeeze.session is not None]
+    def sessions(self) -> list[Session[Any]]:
+        """One for each worker."""
+        return [reducer.session for reducer in self.reducers if reducer.session is not None]
 
-    def follow(self, rate: float) -> None:
+    def begin_step(self, rate: float) -> None:
         """A step begins, at this learning rate of all parameters."""
-        for squeeze in self.squeezes:
-            squeeze.follow({name: rate for name, _ in self._sessions[0].parameters})
+        for reducer in self.reducers:
+            reducer.begin_step({name: rate for name, _ in reducer.parameters})
 
     def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The aggregated gradient of each parameter, as every worker gets it.
@@ -182,21 +202,21 @@ class Workers:
         gradients
             By worker and parameter, of those that are trained; overwritten.
         """
-        for session, own in zip(self._sessions, gradients, strict=True):
+        for session, own in zip(self.sessions, gradients, strict=True):
             for (_, p), gradient in zip(session.parameters, own, strict=True):
                 p.grad = gradient
-                if session.meet(p):
+                if session.admit(p):
                     session.ready(p)
-            session.depart()
-        for _ in ("serve", "land"):
-            for session in self._sessions:
+            session.flush()
+        for _ in ("push", "pull"):
+            for session in self.sessions:
                 session.poll()
         result = []
-        for replicas in zip(*(session.parameters for session in self._sessions), strict=True):
+        for replicas in zip(*(session.parameters for session in self.sessions), strict=True):
             name, first = replicas[0]
-            if self._sessions[0].covers(first):
-                result.append(self._sessions[0].finish(first))
+            if self.sessions[0].covers(first):
+                result.append(self.sessions[0].finish(first))
             else:
                 result.append(torch.stack([p.grad for _, p in replicas]).mean(0))
-                self.squeezes[0].velocities.add(name, result[-1])  # the same for all
+                self.reducers[0].velocities.add(name, result[-1])  # the same for all
         return result

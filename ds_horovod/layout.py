@@ -65,11 +65,22 @@ class Layout:
 
     def shard(self, index: int) -> Layout:
         """The layout of one shard alone, whose tensors are the pieces that lie in it. Its chunk is the shard's."""
-        pieces = self.pieces[index]
+        return self.slice(index, 1)
+
+    def slice(self, first: int, count: int) -> Layout:
+        """The layout of `count` neighbouring shards alone, whose tensors are what lies in them; their chunks stay as they are.
+
+        A bucket that is divided twice, first among the ranks of a host and then among hosts, is packed over all those
+        shards, and each rank of a host holds a slice.
+        """
+        begin = first * self.shard_numel
+        end = begin + count * self.shard_numel
+        clipped = [(max(o, begin), min(o + n, end)) for o, n in zip(self.offsets, self.numels, strict=True)]
+        parts = [(b - begin, e - b) for b, e in clipped if b < e]
         return Layout(
-            tuple(p.offset for p in pieces),
-            tuple(p.numel for p in pieces),
-            1,
+            tuple(offset for offset, _ in parts),
+            tuple(numel for _, numel in parts),
+            count,
             self.shard_numel,
             (self.most_elements, self.most_pieces),
         )

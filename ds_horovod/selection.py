@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from .compressors import Compressor
 from .layout import Layout, fill_buckets, pack
+from .options import Choice, Options, require_compressor
 
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
-
-Choice = Compressor | bool | None
-Choose = Mapping[str, Choice] | Callable[[str, Tensor], Choice]
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Plan:
 
     names: list[str]
     parameters: list[Tensor]
-    compressor: Compressor
-    server_compressor: Compressor
+    options: Options
+    """With the compressors of this bucket."""
     layout: Layout
 
     @property
@@ -42,25 +40,22 @@ class Plan:
     @property
     def push_nbytes(self) -> int:
         """Of what a worker pushes, all shards together."""
-        return self.layout.shards * self.compressor.chunk_nbytes(self.layout)
+        return self.layout.shards * self.options.compressor.chunk_nbytes(self.layout)
 
     @property
     def reply_nbytes(self) -> int:
         """Of what all servers reply, together."""
-        return self.layout.shards * self.server_compressor.chunk_nbytes(self.layout)
+        return self.layout.shards * self.options.reply_compressor.chunk_nbytes(self.layout)
 
 
 @dataclass(frozen=True)
 class Selection:
     """Which parameters are compressed, and how they are grouped."""
 
-    min_numel: int
-    bucket_cap_mb: float | None
-    min_dim: int = 2
+    options: Options
     groups: tuple[tuple[str, ...], ...] = ()
     """Names of parameters that travel together, whatever their size, as Horovod's ``groups=`` says."""
-    choose: Choose | None = None
-    """As the user's ``choose=`` says."""
+    min_dim: int = 2
 
     def choice(self, name: str, p: Tensor) -> Choice:
         """What the user has chosen for a parameter. None: nothing.
@@ -70,12 +65,13 @@ class Selection:
         TypeError
             A choice that is none.
         """
-        if self.choose is None:
+        choose = self.options.choose
+        if choose is None:
             return None
-        if isinstance(self.choose, Mapping):
-            choice = next((value for pattern, value in self.choose.items() if fnmatchcase(name, pattern)), None)
+        if isinstance(choose, Mapping):
+            choice = next((value for pattern, value in choose.items() if fnmatchcase(name, pattern)), None)
         else:
-            choice = self.choose(name, p)
+            choice = choose(name, p)
         if choice is not None and not isinstance(choice, bool | Compressor):
             raise TypeError(f"DoubleSqueeze: choose must give True, False, a Compressor or None; got {choice!r} for {name}")
         return choice
@@ -97,66 +93,62 @@ class Selection:
             return str(p.dtype).removeprefix("torch.")
         if choice is not True and p.dim() < self.min_dim:
             return "one dimension"
-        if choice is not True and p.numel() < self.min_numel:
-            return f"under {self.min_numel} elements"
+        if choice is not True and p.numel() < self.options.min_numel:
+            return f"under {self.options.min_numel} elements"
         return None
 
-    def compressor(self, name: str, p: Tensor, default: Compressor) -> Compressor | None:
-        """Of what is pushed of a parameter; None where it is not compressed."""
+    def compressor(self, name: str, p: Tensor) -> Compressor | None:
+        """The compressor of what is pushed of a parameter; None where it is not compressed."""
         if self.why_not(name, p) is not None:
             return None
         choice = self.choice(name, p)
-        return choice if isinstance(choice, Compressor) else default
+        return choice if isinstance(choice, Compressor) else self.options.compressor
 
-    def require_matches(self, names: Collection[str]) -> None:
-        """Raises ValueError for a pattern that no name matches: it is misspelt."""
-        for pattern in self.choose if isinstance(self.choose, Mapping) else ():
+    def require_fits(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Raises TypeError or ValueError for a choice that no parameter can have, and for a pattern that matches no name."""
+        choose, names = self.options.choose, [name for name, _ in parameters]
+        if callable(choose):
+            for name, p in parameters:
+                choice = self.choice(name, p)
+                if isinstance(choice, Compressor):
+                    require_compressor(f"choose({name!r})", choice, self.options.momentum)
+        for pattern in choose if isinstance(choose, Mapping) else ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"DoubleSqueeze: choose has the pattern {pattern!r}, which matches no parameter; "
-                    f"they are {', '.join(list(names)[:5])}{', ...' if len(names) > 5 else ''}"
+                    f"they are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
                 )
 
-    def plan(
-        self,
-        parameters: Sequence[tuple[str, Tensor]],
-        compressor: Compressor,
-        server_compressor: Compressor | None,
-        shards: int,
-        sparse: Collection[str] = (),
-    ) -> list[Plan]:
+    def plan(self, parameters: Sequence[tuple[str, Tensor]], shards: int, sparse: Collection[str] = ()) -> list[Plan]:
         """The buckets, by nothing that differs between ranks.
 
         Parameters
         ----------
         parameters
             Names and parameters, in the order of registration.
-        compressor
-            Where nothing else is chosen.
-        server_compressor
-            Of the replies. None: that of what is pushed.
         shards
             As many as there are servers.
         sparse
-            Names of parameters with sparse gradients, which stay with Horovod.
+            Names of parameters with sparse gradients, which stay with the dense allreduce.
         """
-        found = [(n, p, self.compressor(n, p, compressor)) for n, p in parameters if n not in sparse]
+        cap = self.options.bucket_cap_mb
+        found = [(n, p, self.compressor(n, p)) for n, p in parameters if n not in sparse]
         chosen = [(n, p, c) for n, p, c in found if c is not None]
         group_of = {name: g for g, names in enumerate(self.groups) for name in names}
         filled = fill_buckets(
             [p.numel() * p.element_size() for _, p, _ in chosen],
             [(p.dtype, p.device, repr(c)) for _, p, c in chosen],
-            None if self.bucket_cap_mb is None else self.bucket_cap_mb * 2**20,
+            None if cap is None else cap * 2**20,
             [group_of.get(n) for n, _, _ in chosen],
         )
-        plans = []
-        for members in filled:
-            push = chosen[members[0]][2]
-            reply = push if server_compressor is None else server_compressor
-            block = math.lcm(push.block, reply.block)
-            layout = pack([chosen[i][1].numel() for i in members], block, shards)
-            plans.append(Plan([chosen[i][0] for i in members], [chosen[i][1] for i in members], push, reply, layout))
-        return plans
+        return [self._plan([chosen[i] for i in indices], shards) for indices in filled]
+
+    def _plan(self, members: Sequence[tuple[str, Tensor, Compressor]], shards: int) -> Plan:
+        names, parameters, compressors = zip(*members, strict=True)
+        options = replace(self.options, compressor=compressors[0])
+        block = math.lcm(options.compressor.block, options.reply_compressor.block)
+        layout = pack([p.numel() for p in parameters], block, shards)
+        return Plan(list(names), list(parameters), options, layout)
 
 
 def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plans: Sequence[Plan], workers: int) -> str:
@@ -165,8 +157,9 @@ def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plan
     ring = 2 * (workers - 1) / workers
     dense_nbytes = sent = 0.0
     for b, plan in enumerate(plans):
-        reply = "" if plan.server_compressor == plan.compressor else f", replies {plan.server_compressor!r}"
-        lines.append(f"bucket {b}: {plan.compressor!r}{reply}")
+        compressor, of_replies = plan.options.compressor, plan.options.reply_compressor
+        reply = "" if of_replies == compressor else f", replies {of_replies!r}"
+        lines.append(f"bucket {b}: {compressor!r}{reply}")
         lines.append(f"  {_size(plan.nbytes)} of gradients, pushes {_size(plan.push_nbytes)}, pulls {_size(plan.reply_nbytes)}")
         lines += [f"    {name} {tuple(p.shape)}" for name, p in zip(plan.names, plan.parameters, strict=True)]
         dense_nbytes += ring * plan.nbytes

@@ -39,7 +39,7 @@ class Units:
         """The loss scale of what is kept."""
         self._rates: dict[str, float] = {}
 
-    def follow(self, rates: Mapping[str, float]) -> Change | None:
+    def begin_step(self, rates: Mapping[str, float]) -> Change | None:
         """Reads the loss scale, at the beginning of a step.
 
         Parameters

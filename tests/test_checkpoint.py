@@ -8,6 +8,7 @@ import torch
 from support import assert_same_bits, generator
 
 from ds_horovod import DoubleSqueeze, OneBit, TopK
+from ds_horovod.double_squeeze import bind, tensor_reducer
 from ds_horovod.in_process import InProcessTransport
 
 MIXED = (OneBit(32), TopK(0.1))
@@ -26,7 +27,7 @@ class Run:
             squeeze = DoubleSqueeze(compressor, server_compressor=server_compressor, server=server, **options)
             if states is not None:
                 squeeze.load_state_dict(states[rank])
-            self.sessions.append(squeeze.bind("run", parameters, True, transport))
+            self.sessions.append(bind(squeeze, "run", parameters, True, transport).session)
             self.squeezes.append(squeeze)
             self.parameters.append([p for _, p in parameters])
 
@@ -35,11 +36,11 @@ class Run:
         for session, parameters in zip(self.sessions, self.parameters, strict=True):
             for p in reversed(parameters):
                 p.grad = torch.randn(p.shape, generator=g)
-                if session.meet(p):
+                if session.admit(p):
                     session.ready(p)
         for session in self.sessions:
-            session.depart()
-        for _ in ("serve", "land"):  # in one process nobody else would do the other rank's part
+            session.flush()
+        for _ in ("push", "pull"):  # in one process nobody else would do the other rank's part
             for session in self.sessions:
                 session.poll()
         for session, parameters in zip(self.sessions, self.parameters, strict=True):
@@ -267,17 +268,17 @@ def test_a_state_of_another_rank():
 def use(squeezes, transports, tensors):
     """One exchange of each named tensor."""
     for name, tensor in tensors.items():
-        sessions = [s.tensor_session("t", name, tensor, True, t) for s, t in zip(squeezes, transports, strict=True)]
+        sessions = [tensor_reducer(s).session("t", name, tensor, True, t) for s, t in zip(squeezes, transports, strict=True)]
         stand_ins = [session.parameters[0][1] for session in sessions]
         for session, p in zip(sessions, stand_ins, strict=True):
             p.grad = tensor.clone()
-            session.meet(p)
+            session.admit(p)
             session.ready(p)
         for session in sessions:
-            session.depart()
+            session.flush()
         for session, p in zip(sessions, stand_ins, strict=True):
             session.finish(p)
-    return {s.parameters[0][0]: s.parameters[0][1].grad for s in squeezes[0]._sessions}
+    return {s.parameters[0][0]: s.parameters[0][1].grad for s in squeezes[0]._reducer.sessions}
 
 
 def named_tensors(seed):

@@ -11,10 +11,10 @@ import torch
 from support import COMPRESSORS, Int8, assert_same_bits, gathered, generator
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Quantize, TopK
-from ds_horovod.exchange import Options
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 
 SIZES = [5, 700, 63, 1]
 TOLERANCE = 1e-5  # of the largest term: float32 rounds each of a step's few operations by 6e-8 of its result
@@ -44,8 +44,10 @@ class Group:
     def __init__(self, pair, workers, server=None, average=True, worker_error=True, server_error=True, sizes=SIZES, **more):
         self.sizes, self.workers, self.weight = sizes, workers, 1 / workers if average else 1.0
         self.layout = pack(sizes, math.lcm(*(q.block for q in pair)), workers if server is None else 1)
-        options = Options(*pair, worker_error, server_error, self.weight, **more)
-        self.simulation = Simulation(self.layout, options, workers, server)
+        compressor, server_compressor = pair
+        errors = {"worker_error": worker_error, "server_error": server_error}
+        options = Options(compressor, server_compressor=server_compressor, **errors, **more)
+        self.simulation = Simulation(self.layout, options, workers, server, average=average)
 
     def gradients(self, g):
         return [[torch.randn(size, generator=g) for size in self.sizes] for _ in range(self.workers)]

@@ -133,8 +133,8 @@ def test_the_setting_of_the_paper(cifar10):
     task = tasks.TASKS["cifar10"](1, None, cifar10, batch_size=5)
     assert task.settings()["parameters"] == 11_171_146
     squeeze = RECIPES["paper-topk"].make_squeeze(task)
-    assert isinstance(squeeze.compressor, TopK) and squeeze.compressor.k == 300_000
-    assert (squeeze.server, squeeze.bucket_cap_mb) == (0, None)
+    assert isinstance(squeeze.options.compressor, TopK) and squeeze.options.compressor.k == 300_000
+    assert (squeeze.options.server, squeeze.options.bucket_cap_mb) == (0, None)
     rates = [task.learning_rate(epoch * 6) for epoch in (0, 19, 20, 40, 59)]  # 30 images are 6 batches
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001]) and task.steps == 60 * 6
     with pytest.raises(ValueError, match="expected at least 8 x 256 images to train with, found 30"):

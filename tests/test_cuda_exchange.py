@@ -9,10 +9,10 @@ from emulator import EmulatedDevice
 from support import Int8, assert_same_bits, generator
 
 from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, kernels
-from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.kernels import cuda, launch
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 
 SIZES = [5, 3000, 700]
 WORKERS = 3
@@ -37,7 +37,7 @@ PAIRS = {
 
 
 def options(pusher, server, **more):
-    return Options(pusher, server, worker_error=True, server_error=True, **{"weight": 1 / WORKERS} | more)
+    return Options(pusher, server_compressor=server, **more)
 
 
 def simulated(pusher, server, one_server, dtype, bad, magnitude=1, **more):

@@ -6,9 +6,10 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_horovod import DoubleSqueeze, OneBit, exchange
+from ds_horovod import DoubleSqueeze, OneBit, streams
+from ds_horovod.double_squeeze import bind
+from ds_horovod.horovod.transport import _number, require_horovod_for
 from ds_horovod.in_process import InProcessTransport
-from ds_horovod.transport import _number, require_horovod_for
 
 WORKERS = 2
 
@@ -74,9 +75,9 @@ def sessions(gpu, stream_ordered=False):
     for transport in InProcessTransport.group(WORKERS):
         transport.stream_ordered = stream_ordered
         own = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in parameters]
-        session = DoubleSqueeze(OneBit(32), min_numel=1).bind("streams", own, True, transport)
+        session = bind(DoubleSqueeze(OneBit(32), min_numel=1), "streams", own, True, transport).session
         for bucket in session.buckets:
-            bucket.exchange._side = gpu.side
+            bucket.exchange.streams._side = gpu.side
         made.append(session)
     return made
 
@@ -86,11 +87,11 @@ def step(gpu, made, producers):
         for (_, p), stream in zip(session.parameters, producers, strict=True):
             p.grad = torch.randn(p.shape)
             with gpu.use(stream):
-                session.meet(p)
+                session.admit(p)
                 session.ready(p)
     for session in made:
-        session.depart()
-    for _ in ("serve", "land"):
+        session.flush()
+    for _ in ("push", "pull"):
         for session in made:
             session.poll()
     for session in made:
@@ -142,8 +143,8 @@ def test_cuda_tensors_need_a_horovod_that_takes_them():
 
 def test_one_side_stream_for_each_gpu():
     with mock.patch.object(torch.cuda, "Stream") as stream:
-        exchange._side_stream.cache_clear()
-        exchange._side_stream(torch.device("cuda:0"))
-        exchange._side_stream(torch.device("cuda:0"))
+        streams._side_stream.cache_clear()
+        streams._side_stream(torch.device("cuda:0"))
+        streams._side_stream(torch.device("cuda:0"))
         stream.assert_called_once_with(torch.device("cuda:0"), priority=-1)
-        exchange._side_stream.cache_clear()
+        streams._side_stream.cache_clear()

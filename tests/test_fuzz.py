@@ -22,6 +22,7 @@ from support import COMPRESSORS, Int8, assert_same_bits, generator
 from test_kernels import on, oracle
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Ternary, TopK, _cpu
+from ds_horovod.double_squeeze import bind
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.kernels import cpu
@@ -101,20 +102,20 @@ def runs(draw):
 def training(session, gradients, orders, frozen, history):
     """A worker's loop, which yields wherever others may go on. Notes what it owes before each step, and what it gets in it."""
     for step, (own, order) in enumerate(zip(gradients, orders, strict=True)):
-        history.append((session.owed(), {}))
+        history.append((session.export_residual(), {}))
         for i in order:
             p = session.parameters[i][1]
             p.requires_grad_(i != frozen or step not in FROZEN)
             p.grad = own[i]
-            if session.meet(p):
+            if session.admit(p):
                 session.ready(p)
             yield
-        session.depart()
-        while session._journeys:
+        session.flush()
+        while session.pipeline.in_flight:
             session.poll()
             yield
         history[-1][1].update((name, session.finish(p)) for name, p in session.parameters if session.covers(p))
-    history.append((session.owed(), {}))
+    history.append((session.export_residual(), {}))
 
 
 def waiting(histories, step):
@@ -159,7 +160,7 @@ def test_the_law_whatever_comes(run):
     for transport, own in zip(Late.group(workers, options["server"]), gradients, strict=True):
         transport.answers = [random.random() < 0.5 for _ in range(200)]
         parameters = [(n, torch.zeros(s, dtype=d, requires_grad=True)) for n, s, d in zip(names, shapes, dtypes, strict=True)]
-        session = DoubleSqueeze(**options).bind("fuzz", parameters, average, transport)
+        session = bind(DoubleSqueeze(**options), "fuzz", parameters, average, transport).session
         orders = [random.sample(range(len(shapes)), len(shapes)) for _ in range(STEPS)]
         histories.append([])
         loops.append(training(session, own, orders, frozen, histories[-1]))

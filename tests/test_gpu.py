@@ -17,10 +17,10 @@ from test_cuda_emulated import CODECS, DTYPES
 from test_kernels import CONTENTS, make
 
 from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK
-from ds_horovod.exchange import Options
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -176,7 +176,7 @@ def test_exchange_of_several_steps(pusher, server, bad):
     layout = pack(sizes, math.lcm(pusher.block, server.block), workers)
 
     def run(device):
-        options = Options(pusher, server, worker_error=True, server_error=True, weight=1 / workers)
+        options = Options(pusher, server_compressor=server)
         simulation, results = Simulation(layout, options, workers, device=device), {}
         for step in range(4):
             g = generator(step)

@@ -64,16 +64,35 @@ def test_compressed_training_is_as_accurate(ranks, tmp_path):
     assert accuracy["topk"] >= accuracy["none"] - 0.01, accuracy
 
 
-def test_importing_without_horovod_says_what_to_do():
-    script = "import sys; sys.modules['horovod'] = None; import ds_horovod"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.returncode == 1
+def python(script):
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_without_horovod_what_needs_it_says_what_to_do():
+    script = (
+        "import sys; sys.modules['horovod'] = None; import ds_horovod; print(ds_horovod.DoubleSqueeze()); ds_horovod.allreduce"
+    )
+    result = python(script)
+    assert result.returncode == 1 and result.stdout == "DoubleSqueeze()\n"
     assert "ImportError: ds_horovod needs Horovod with PyTorch" in result.stderr
+
+
+def test_nothing_of_horovod_is_imported_before_it_is_used():
+    assert python("import sys, ds_horovod; assert not any(name.startswith('horovod') for name in sys.modules)").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "imports", ["horovod.torch, ds_horovod", "ds_horovod, horovod.torch", "ds_horovod, horovod.torch.optimizer"]
+)
+def test_horovod_is_extended_whatever_is_imported_first(imports):
+    result = python(f"import {imports}; print(horovod.torch.optimizer._DistributedOptimizer.synchronize.__code__.co_filename)")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("ds_horovod/horovod/hook.py")
 
 
 @pytest.mark.parametrize("change", ["del O._allreduce_grad_async", "O._allreduce_grad_async = lambda self, p, q: None"])
 def test_importing_with_another_horovod_says_which_is_supported(change):
     script = f"from horovod.torch.optimizer import _DistributedOptimizer as O\n{change}\nimport ds_horovod"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = python(script)
     assert result.returncode == 1
     assert "ds_horovod supports Horovod 0.28.1" in result.stderr

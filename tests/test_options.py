@@ -1,20 +1,22 @@
 """Bad input fails at once, with a message that names the option, the value and what is allowed."""
 
+import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
+from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, double_squeeze
 from ds_horovod.agreement import require_agreement
-from ds_horovod.exchange import Options
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 from ds_horovod.selection import Selection
-from ds_horovod.session import Session
+from ds_horovod.session import Session, describe
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf])
@@ -152,9 +154,10 @@ def test_max_norm(norm):
 
 def test_the_papers_recipe():
     paper = DoubleSqueeze.paper(server=1)
-    assert paper.compressor == paper.server_compressor == OneBit(scale="l2", granularity="bucket")
-    assert (paper.server, paper.bucket_cap_mb, paper.worker_error, paper.server_error) == (1, None, True, True)
-    assert DoubleSqueeze.paper(TopK(k=300_000)).compressor == TopK(k=300_000)
+    options = paper.options
+    assert options.compressor == options.reply_compressor == OneBit(scale="l2", granularity="bucket")
+    assert (options.server, options.bucket_cap_mb, options.worker_error, options.server_error) == (1, None, True, True)
+    assert DoubleSqueeze.paper(TopK(k=300_000)).options.compressor == TopK(k=300_000)
 
 
 @pytest.mark.parametrize("cap", [0, -1.0, math.nan])
@@ -198,8 +201,8 @@ def test_a_compressor_needs_its_three_methods():
 
 def bind(squeeze, *parameters, size=2):
     named = [(f"p{i}", p) for i, p in enumerate(parameters)]
-    transport = InProcessTransport.group(size, squeeze.server)[0]
-    return squeeze.bind("test", named, True, transport)
+    transport = InProcessTransport.group(size, squeeze.options.server)[0]
+    return double_squeeze.bind(squeeze, "test", named, True, transport).session
 
 
 @pytest.mark.parametrize("server, size", [(2, 2), (7, 3), (1, 1)])
@@ -271,14 +274,54 @@ def test_repr_of_equals():
     assert repr(first) == repr(second) != repr(third)
 
 
-def test_repr_of_double_squeeze_names_every_option():
+def test_repr_of_double_squeeze_shows_what_differs_from_the_default():
+    assert repr(DoubleSqueeze()) == repr(DoubleSqueeze(Quantize(4), momentum=0)) == "DoubleSqueeze()"
     text = repr(DoubleSqueeze(TopK(0.5), server_compressor=OneBit(64), worker_error=False, server=3, bucket_cap_mb=None))
     assert text == (
         "DoubleSqueeze(TopK(ratio=0.5, k=None, values='fp32'), server_compressor=OneBit(block=64, scale='l1', "
-        "granularity='block'), worker_error=False, server_error=True, momentum=0.0, "
-        "warmup_steps=0, max_norm=None, grad_scaler=None, lr_aware=False, server=3, bucket_cap_mb=None, min_numel=4096, "
-        "choose=None)"
+        "granularity='block'), worker_error=False, server=3, bucket_cap_mb=None)"
     )
+
+
+def test_the_signature_is_that_of_the_options():
+    """For help() and for editors, without a second list of the options."""
+    shown, expected = inspect.signature(DoubleSqueeze).parameters, inspect.signature(Options).parameters
+    assert list(shown.values()) == list(expected.values()) and "momentum" in shown
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
+        DoubleSqueeze(momentun=0.9)
+
+
+def test_tab_completion_shows_what_a_user_calls():
+    names = {name for name in dir(DoubleSqueeze()) if not name.startswith("_")}
+    assert names == {
+        "change_compressor", "compress", "decompress", "explain", "full_state_dict", "load_state_dict", "options", "paper",
+        "state_dict", "stats",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("worker_error", "off"),
+        ("server_error", 0),
+        ("lr_aware", "yes"),
+        ("warmup_steps", True),
+        ("server", True),
+        ("momentum", "0.9"),
+        ("max_norm", "1"),
+        ("min_numel", False),
+        ("bucket_cap_mb", "25"),
+    ],
+)
+def test_nothing_of_another_type_is_taken_for_truth_or_a_number(option, value):
+    with pytest.raises(ValueError, match=f"DoubleSqueeze: {option} must be .* got {value!r}"):
+        DoubleSqueeze(TopK(), **{option: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = DoubleSqueeze(TopK(), server=np.int64(1), momentum=np.float32(0.5), worker_error=np.bool_(True)).options
+    assert options == Options(TopK(), server=1, momentum=0.5)
+    assert {type(value) for value in (options.server, options.momentum, options.worker_error)} == {int, float, bool}
 
 
 def test_agreement():
@@ -307,37 +350,39 @@ def test_many_disagreements_are_counted():
 
 
 @pytest.mark.parametrize(
-    "key, options, selection, shape",
+    "key, options, weight, shape",
     [
-        ("compressor", {"compressor": TopK(0.02)}, {}, (64, 64)),
-        ("server_compressor", {"server_compressor": TopK(0.02)}, {}, (64, 64)),
-        ("worker_error", {"worker_error": False}, {}, (64, 64)),
-        ("server_error", {"server_error": False}, {}, (64, 64)),
-        ("weight", {"weight": 1.0}, {}, (64, 64)),
-        ("min_numel", {}, {"min_numel": 7}, (64, 64)),
-        ("bucket_cap_mb", {}, {"bucket_cap_mb": None}, (64, 64)),
-        (r"parameters\[0\]", {}, {}, (32, 128)),
+        ("compressor", {"compressor": TopK(0.02)}, 0.5, (64, 64)),
+        ("server_compressor", {"server_compressor": TopK(0.02)}, 0.5, (64, 64)),
+        ("worker_error", {"worker_error": False}, 0.5, (64, 64)),
+        ("server_error", {"server_error": False}, 0.5, (64, 64)),
+        ("warmup_steps", {"warmup_steps": 3}, 0.5, (64, 64)),
+        ("max_norm", {"max_norm": 3.0}, 0.5, (64, 64)),
+        ("lr_aware", {"lr_aware": True}, 0.5, (64, 64)),
+        ("weight", {}, 1.0, (64, 64)),
+        ("min_numel", {"min_numel": 7}, 0.5, (64, 64)),
+        ("bucket_cap_mb", {"bucket_cap_mb": None}, 0.5, (64, 64)),
+        (r"parameters\[0\]", {}, 0.5, (32, 128)),
     ],
 )
-def test_sessions_compare_everything_that_matters(key, options, selection, shape):
+def test_sessions_compare_everything_that_matters(key, options, weight, shape):
     class Transport(InProcessTransport):
         def gather_objects(self, value, name):
             return [expected, value]
 
-    def session(options, selection, shape):
-        defaults = {"compressor": OneBit(), "server_compressor": OneBit(), "worker_error": True, "server_error": True}
-        return Session(
-            "test",
-            [("p0", torch.zeros(shape))],
-            Options(**{**defaults, "weight": 0.5, **options}),
-            Selection(**{"min_numel": 1, "bucket_cap_mb": 25.0, **selection}),
-            Transport.group(2)[0],
-        )
+    def step(options, weight, shape):
+        defaults = {"compressor": OneBit(), "server_compressor": OneBit(), "min_numel": 1}
+        selection, p = Selection(Options(**{**defaults, **options})), torch.zeros(shape, requires_grad=True)
+        session = Session("test", [("p0", p)], selection, weight, Transport.group(2)[0])
+        p.grad = torch.zeros(shape)
+        if session.admit(p):
+            session.ready(p)
+        return session
 
-    expected = session({}, {}, (64, 64))._description()
-    session({}, {}, (64, 64)).depart()
+    expected = describe(step({}, 0.5, (64, 64)))
+    step({}, 0.5, (64, 64)).flush()
     with pytest.raises(ValueError, match=rf"nothing was exchanged:\n  {key}: .* on rank 0, .* on rank 1$"):
-        session(options, selection, shape).depart()
+        step(options, weight, shape).flush()
 
 
 # ---- a user's own compressor

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from ds_horovod.exchange import Options
 from ds_horovod.in_process import Simulation
 from ds_horovod.layout import pack
+from ds_horovod.options import Options
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -29,7 +29,7 @@ def test_own_compressor_obeys_the_conservation_law():
     exec(block, namespace)
     compressor = namespace["compression"].compressor
     layout = pack([70, 333], compressor.block, 3)
-    simulation = Simulation(layout, Options(compressor, compressor, True, True, 1 / 3), workers=3)
+    simulation = Simulation(layout, Options(compressor), workers=3)
     torch.manual_seed(0)
     total, moved = 0.0, 0.0
     for _ in range(20):

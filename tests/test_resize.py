@@ -44,7 +44,7 @@ def owed(group):
     """What all workers owe together: mean_i(e_i) + E, and the mean of the velocities."""
     result = {}
     for squeeze in group.squeezes:
-        for name, (error, velocity) in squeeze.session.owed().items():
+        for name, (error, velocity) in squeeze._reducer.session.export_residual().items():
             before = result.get(name, (0.0, 0.0))
             result[name] = before[0] + error.double(), before[1] + (0.0 if velocity is None else velocity.double())
     return result
@@ -53,10 +53,10 @@ def owed(group):
 def resized(group, n, **options):
     """As an elastic job does it: the first ranks are still there, more may have come."""
     new = workers(n, **options)
-    snapshots = [squeeze.snapshot() for squeeze in group.squeezes]
+    snapshots = [squeeze._reducer.snapshot() for squeeze in group.squeezes]
     for i, squeeze in enumerate(new.squeezes):
-        own = snapshots[i] if i < len(snapshots) else squeeze.snapshot()
-        squeeze.rebind(squeeze.session.transport, own._replace(shared=snapshots[0].shared))
+        own = snapshots[i] if i < len(snapshots) else squeeze._reducer.snapshot()
+        squeeze._reducer.rebind(squeeze._reducer.session.transport, own._replace(shared=snapshots[0].shared))
     return new
 
 
@@ -120,40 +120,40 @@ def test_those_that_stay_owe_what_they_did(options):
 def test_steps_units_and_compressors_are_those_of_the_first_rank():
     group = workers(2, compressor=TopK(0.1), lr_aware=True, momentum=0.5, warmup_steps=5)
     for squeeze in group.squeezes:
-        squeeze.follow({"embedding": 0.5})
+        squeeze._reducer.begin_step({"embedding": 0.5})
         squeeze.change_compressor(TopK(0.2), TopK(0.3))
     train(group, generator(3), steps=4)
-    velocity = group.squeezes[0].velocities.state_dict()["bias"]
+    velocity = group.squeezes[0]._reducer.velocities.state_dict()["bias"]
     group = resized(group, 3, compressor=TopK(0.1), lr_aware=True, momentum=0.5, warmup_steps=5)
     for squeeze in group.squeezes:
-        assert (squeeze.compressor, squeeze.server_compressor) == (TopK(0.2), TopK(0.3))
-        assert squeeze.units.state_dict() == {"scale": 1.0, "learning_rates": {"embedding": 0.5}}
-        assert all(b.exchange.worker.step == b.exchange.server.step == 4 for b in squeeze.session.buckets)
-        assert torch.equal(squeeze.velocities.state_dict()["bias"], velocity)
-        assert not squeeze.session.started
+        assert (squeeze.options.compressor, squeeze.options.server_compressor) == (TopK(0.2), TopK(0.3))
+        assert squeeze._reducer.units.state_dict() == {"scale": 1.0, "learning_rates": {"embedding": 0.5}}
+        assert all(b.exchange.worker.step == b.exchange.server.step == 4 for b in squeeze._reducer.session.buckets)
+        assert torch.equal(squeeze._reducer.velocities.state_dict()["bias"], velocity)
+        assert not squeeze._reducer.session.started
 
 
 def test_one_rank_pays_what_several_owed_and_several_go_on_with_its_velocities():
     options = {"momentum": 0.5}
     group = workers(2, **options)
     train(group, generator(4))
-    own = group.squeezes[0].session.owed()
+    own = group.squeezes[0]._reducer.session.export_residual()
     alone = workers(2, **options).squeezes[0]
-    alone.rebind(InProcessTransport.group(1)[0], group.squeezes[0].snapshot())
-    assert alone.session is None
+    alone._reducer.rebind(InProcessTransport.group(1)[0], group.squeezes[0]._reducer.snapshot())
+    assert alone._reducer.session is None
     assert torch.equal(alone.full_state_dict()["errors"]["matrix"], own["matrix"].error)
-    velocities = alone.velocities.state_dict()
+    velocities = alone._reducer.velocities.state_dict()
     assert torch.equal(velocities["matrix"], own["matrix"].velocity) and "bias" in velocities
-    snapshot = alone.snapshot()
+    snapshot = alone._reducer.snapshot()
     gradients = {name: torch.ones(shape) for name, shape in SHAPES.items()}
-    alone.pay(gradients.items())
+    alone._reducer.add_carried_over(gradients.items())
     assert torch.equal(gradients["matrix"], 1 + own["matrix"].error) and torch.equal(gradients["bias"], torch.ones(50))
-    alone.pay(gradients.items())  # once
+    alone._reducer.add_carried_over(gradients.items())  # once
     assert torch.equal(gradients["matrix"], 1 + own["matrix"].error)
     new = workers(3, **options)
     for i, squeeze in enumerate(new.squeezes):
-        kept = snapshot if i == 0 else squeeze.snapshot()._replace(shared=snapshot.shared)
-        squeeze.rebind(squeeze.session.transport, kept)
+        kept = snapshot if i == 0 else squeeze._reducer.snapshot()._replace(shared=snapshot.shared)
+        squeeze._reducer.rebind(squeeze._reducer.session.transport, kept)
     for name, (error, velocity) in owed(new).items():
         torch.testing.assert_close(error, own[name].error.double())
         torch.testing.assert_close(velocity, own[name].velocity.double())
@@ -171,12 +171,12 @@ def test_the_law_across_a_change_of_compressor(before, after):
     for squeeze in group.squeezes:
         squeeze.change_compressor(after, OneBit(32))
     assert_owed(owed(group), kept)
-    assert not any(session.started for session in group._sessions)  # the next step compares notes
+    assert not any(session.started for session in group.sessions)  # the next step compares notes
     more, later = train(group, g)
     for name, (error, _) in owed(group).items():
         torch.testing.assert_close(arrived[name] + more[name] + error, total[name] + later[name], rtol=1e-4, atol=1e-5)
-    assert {b.exchange.compressors() for s in group._sessions for b in s.buckets} == {(after, OneBit(32))}
-    assert all(".change1." in b.exchange.name for s in group._sessions for b in s.buckets)
+    assert {b.exchange.compressors() for s in group.sessions for b in s.buckets} == {(after, OneBit(32))}
+    assert all(".change1." in b.exchange.name for s in group.sessions for b in s.buckets)
 
 
 def test_a_change_before_the_optimizer_is_made():
@@ -187,10 +187,10 @@ def test_a_change_before_the_optimizer_is_made():
 
 def test_a_change_in_mid_step():
     group = workers(2)
-    session = group._sessions[0]
+    session = group.sessions[0]
     p = session.parameters[0][1]
     p.grad = torch.zeros(30, 40)
-    session.meet(p)
+    session.admit(p)
     session.ready(p)
     with pytest.raises(RuntimeError, match=r"under way; .* between optimizer\.step\(\) and backward\(\)"):
         group.squeezes[0].change_compressor(OneBit())
@@ -211,7 +211,7 @@ def full_state(group):
     states = [squeeze.full_state_dict() for squeeze in group.squeezes]
     for name in states[0]["errors"]:
         states[0]["errors"][name] = sum(state["errors"][name] for state in states)
-        if group.squeezes[0].momentum:
+        if group.squeezes[0].options.momentum:
             states[0]["velocities"][name] = sum(state["velocities"][name] for state in states)
     return states[0]
 

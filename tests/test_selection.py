@@ -7,7 +7,7 @@ import torch
 from support import generator
 from torch import nn
 
-from ds_horovod import Cast, DoubleSqueeze, OneBit, TopK
+from ds_horovod import Cast, DoubleSqueeze, OneBit, TopK, double_squeeze
 from ds_horovod.in_process import InProcessTransport, Workers
 
 SHAPES = {"embedding.weight": (100, 64), "body.weight": (80, 80), "body.bias": (80,), "head.weight": (10, 10)}
@@ -22,7 +22,9 @@ def named(dtypes=()):
 
 def bind(choose, parameters=None, **options):
     squeeze = DoubleSqueeze(OneBit(64), choose=choose, **options)
-    return squeeze.bind("test", named() if parameters is None else parameters, True, InProcessTransport.group(2)[0])
+    return double_squeeze.bind(
+        squeeze, "test", named() if parameters is None else parameters, True, InProcessTransport.group(2)[0]
+    ).session
 
 
 def chosen(session):
@@ -76,7 +78,7 @@ def test_the_law_with_choices():
             total[name] += torch.stack([own[i] for own in gradients]).double().mean(0)
         for name, result in zip(SHAPES, workers.exchange(gradients), strict=True):
             arrived[name] += result
-    sessions = workers._sessions
+    sessions = workers.sessions
     for b, bucket in enumerate(sessions[0].buckets):
         worker = torch.stack([s.buckets[b].exchange.worker_error for s in sessions]).double().mean(0)
         server = torch.cat([s.buckets[b].exchange.server_error for s in sessions])
@@ -125,7 +127,7 @@ def test_a_function_that_gives_something_else():
 def test_momentum_needs_chosen_compressors_that_leave_elements_out(choose):
     with pytest.raises(ValueError, match=r"momentum=0\.9 needs a compressor that leaves elements out"):
         squeeze = DoubleSqueeze(TopK(), momentum=0.9, choose=choose)
-        squeeze.bind("test", named(), True, InProcessTransport.group(2)[0])
+        double_squeeze.bind(squeeze, "test", named(), True, InProcessTransport.group(2)[0])
 
 
 # ---- explain
@@ -159,7 +161,7 @@ def test_explain_of_an_optimizer_is_what_is_sent():
     """The bytes that it announces are those that stats() counts."""
     workers = Workers(lambda: DoubleSqueeze(OneBit(64), choose={"body.*": TopK(0.1)}), named(), 3)
     workers.exchange([[torch.ones(shape) for shape in SHAPES.values()] for _ in range(3)])
-    squeeze, session = workers.squeezes[0], workers._sessions[0]
+    squeeze, session = workers.squeezes[0], workers.sessions[0]
     plans = session.plan(frozenset())
     sent = sum(2 / 3 * (plan.push_nbytes + plan.reply_nbytes) for plan in plans)
     stats = squeeze.stats()

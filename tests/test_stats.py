@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_horovod.session import combine_stats
+from ds_horovod.stats import combine_stats
 
 KEYS = ("compressed_bytes_sent", "compressed_bytes_received", "dense_bytes_sent", "dense_bytes_received", "wait_seconds")
 

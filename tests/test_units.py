@@ -7,6 +7,7 @@ import torch
 from support import assert_same_bits, generator
 
 from ds_horovod import DoubleSqueeze, OneBit, TopK
+from ds_horovod.double_squeeze import bind
 from ds_horovod.in_process import InProcessTransport, Workers
 from ds_horovod.units import Units
 
@@ -45,7 +46,7 @@ def test_training_is_the_same_bit_for_bit_whatever_the_loss_scale_does(options):
         own = gradients(g)
         times = [[x * scale for x in worker] for worker in own]
         for squeeze in scaled.squeezes:
-            squeeze.follow({})
+            squeeze._reducer.begin_step({})
         for expected, result in zip(plain.exchange(own), scaled.exchange(times), strict=True):
             assert_same_bits(result / scale, expected)
 
@@ -70,11 +71,11 @@ def test_errors_are_worth_what_they_were_when_the_learning_rate_changes():
         for i, name in enumerate("ab"):
             total[name] += lr[name] * torch.stack([worker[i] for worker in own]).double().mean(0)
         for squeeze in workers.squeezes:
-            squeeze.follow(lr)
+            squeeze._reducer.begin_step(lr)
         for name, result in zip("ab", workers.exchange(own), strict=False):
             applied[name] += lr[name] * result
-    for b, bucket in enumerate(workers._sessions[0].buckets):
-        exchanges = [session.buckets[b].exchange for session in workers._sessions]
+    for b, bucket in enumerate(workers.sessions[0].buckets):
+        exchanges = [session.buckets[b].exchange for session in workers.sessions]
         kept = torch.stack([x.worker_error for x in exchanges]).double().mean(0) + torch.cat(
             [x.server_error for x in exchanges]
         )
@@ -87,31 +88,31 @@ def test_errors_are_worth_what_they_were_when_the_learning_rate_changes():
 def test_velocities_follow_the_loss_scale_alone():
     scaler = Scaler()
     workers = Workers(make(grad_scaler=scaler, lr_aware=True, momentum=0.9), named(), 2)
-    squeeze, exchange = workers.squeezes[0], workers._sessions[0].buckets[0].exchange
-    squeeze.follow({"a": 1.0, "b": 1.0})
+    squeeze, exchange = workers.squeezes[0], workers.sessions[0].buckets[0].exchange
+    squeeze._reducer.begin_step({"a": 1.0, "b": 1.0})
     workers.exchange(gradients(generator(0)))
-    velocity, bias = exchange.velocity.clone(), squeeze.velocities.state_dict()["bias"].clone()
-    squeeze.follow({"a": 0.5, "b": 0.5})
+    velocity, bias = exchange.velocity.clone(), squeeze._reducer.velocities.state_dict()["bias"].clone()
+    squeeze._reducer.begin_step({"a": 0.5, "b": 0.5})
     assert_same_bits(exchange.velocity, velocity)
     scaler.scale = 4.0
-    squeeze.follow({"a": 0.5, "b": 0.5})
+    squeeze._reducer.begin_step({"a": 0.5, "b": 0.5})
     assert_same_bits(exchange.velocity, velocity * 4)
-    assert_same_bits(squeeze.velocities.state_dict()["bias"], bias * 4)
+    assert_same_bits(squeeze._reducer.velocities.state_dict()["bias"], bias * 4)
 
 
 def test_what_one_rank_still_owes_follows_too():
     """A file of several ranks, written at another loss scale and learning rate, and loaded by one."""
     scaler = Scaler(2.0)
     squeeze = make(grad_scaler=scaler, lr_aware=True)()
-    assert squeeze.bind("alone", named(), True, InProcessTransport.group(1)[0]) is None
+    assert bind(squeeze, "alone", named(), True, InProcessTransport.group(1)[0]).session is None
     workers = Workers(make(), named(), 2)
     workers.exchange(gradients(generator(0)))
     state = workers.squeezes[0].full_state_dict()
     state["units"] = {"scale": 1.0, "learning_rates": {"a": 0.5, "b": 0.5}}
     squeeze.load_state_dict(state)
-    squeeze.follow({"a": 0.25, "b": 0.5})
+    squeeze._reducer.begin_step({"a": 0.25, "b": 0.5})
     own = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    squeeze.pay(own.items())
+    squeeze._reducer.add_carried_over(own.items())
     assert_same_bits(own["a"], state["errors"]["a"] * 4)
     assert_same_bits(own["b"], state["errors"]["b"] * 2)
 
@@ -119,18 +120,18 @@ def test_what_one_rank_still_owes_follows_too():
 def test_units():
     scaler = Scaler(8.0)
     units = Units(scaler, lr_aware=True)
-    assert units.follow({"a": 0.5}) == (8.0, {})
-    assert units.follow({"a": 0.5}) is None
-    assert units.follow({"a": 0.25}) == (1.0, {"a": 2.0})
+    assert units.begin_step({"a": 0.5}) == (8.0, {})
+    assert units.begin_step({"a": 0.5}) is None
+    assert units.begin_step({"a": 0.25}) == (1.0, {"a": 2.0})
     for nothing in (0.0, -1.0, math.nan, math.inf):
-        assert units.follow({"a": nothing}) is None
+        assert units.begin_step({"a": nothing}) is None
         scaler.scale = nothing
-        assert units.follow({"a": 0.25}) is None and units.scale == 8.0
+        assert units.begin_step({"a": 0.25}) is None and units.scale == 8.0
     scaler.scale = 2.0
     other = Units(scaler, lr_aware=True)
     other.load_state_dict(units.state_dict())
-    assert other.follow({"a": 1.0}) == (0.25, {"a": 0.25})
-    assert Units().follow({"a": 1.0}) is None
+    assert other.begin_step({"a": 1.0}) == (0.25, {"a": 0.25})
+    assert Units().begin_step({"a": 1.0}) is None
 
 
 def test_what_is_no_scaler():
@@ -147,10 +148,10 @@ def test_a_gradient_that_is_changed_under_way(change, started):
     workers, g = Workers(make(), named(), 2), generator(0)
     if started:
         workers.exchange(gradients(g))
-    session = workers._sessions[0]
+    session = workers.sessions[0]
     for (_, p), gradient in zip(session.parameters, gradients(g)[0], strict=True):
         p.grad = gradient
-        if session.meet(p):
+        if session.admit(p):
             session.ready(p)
     p = session.parameters[1][1]
     if change == "in place":
@@ -158,4 +159,4 @@ def test_a_gradient_that_is_changed_under_way(change, started):
     else:
         p.grad = p.grad * 0.5
     with pytest.raises(RuntimeError, match=r"the gradient of b was changed after backward\(\) and before synchronize"):
-        session.depart()
+        session.flush()

@@ -93,7 +93,7 @@ def assert_identical(model):
 def errors_in_gradient_order(optimizer):
     """(mean_i e_i, E) over all ranks for each compressed parameter, as dense float64 tensors by name."""
     result = {}
-    session = optimizer.double_squeeze.session
+    session = optimizer.double_squeeze._reducer.session
     for bucket in session.buckets:
         layout, exchange = bucket.exchange.layout, bucket.exchange
         worker = torch.zeros(layout.numel) if exchange.worker_error is None else exchange.worker_error

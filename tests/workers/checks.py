@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import ds_horovod
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK
-from ds_horovod import transport as transport_module
+from ds_horovod.horovod import transport as transport_module
 
 CONFIGURATIONS = {
     "defaults": lambda: DoubleSqueeze,
@@ -115,7 +115,7 @@ def conservation_law_with_momentum():
 
     def velocities():
         found = {}
-        for bucket in optimizer.double_squeeze.session.buckets:
+        for bucket in optimizer.double_squeeze._reducer.session.buckets:
             layout, mean = bucket.exchange.layout, everyones(bucket.exchange.velocity.double()).mean(0)
             found |= {n: mean[o : o + c] for n, o, c in zip(bucket.names, layout.offsets, layout.numels, strict=True)}
         return found
@@ -236,7 +236,7 @@ def a_single_server_bears_the_traffic():
     model = small_model()
     optimizer = distributed(model, squeeze(TopK(0.1), server=0))
     train_step(model, optimizer, 0)
-    exchanges = [bucket.exchange for bucket in optimizer.double_squeeze.session.buckets]
+    exchanges = [bucket.exchange for bucket in optimizer.double_squeeze._reducer.session.buckets]
     chunk = sum(exchange.options.compressor.chunk_nbytes(exchange.layout) for exchange in exchanges)
     stats = optimizer.double_squeeze.stats()
     expected = (hvd.size() - 1) * chunk if hvd.rank() == 0 else chunk
@@ -252,8 +252,9 @@ def every_bucket_leaves_before_the_step_ends():
     x, y = batch(1)
     optimizer.zero_grad()
     cross_entropy(model(x), y).backward()
-    session = optimizer.double_squeeze.session
-    assert len(session.buckets) > 1 and not session._arrived
+    session = optimizer.double_squeeze._reducer.session
+    assert len(session.buckets) > 1 and not any(session._step.waits_for(bucket) for bucket in session.buckets)
+    assert session.step == 2 and not session._step.flushed
     optimizer.step()
 
 
@@ -440,7 +441,7 @@ def groups_are_buckets():
             assert_identical(model)
         results.append(flat(model.parameters()))
         if compression is not hvd.Compression.none:
-            found = sorted(sorted(bucket.names) for bucket in optimizer.double_squeeze.session.buckets)
+            found = sorted(sorted(bucket.names) for bucket in optimizer.double_squeeze._reducer.session.buckets)
             first, second, third = "0.weight", "2.weight", "4.weight"
             expected = {1: [[first, second, third]], 2: [[first, second], [third]]}  # of 3 parameters each, with biases
             assert found == (expected[groups] if isinstance(groups, int) else [[first, third], [second]]), found

@@ -114,7 +114,7 @@ def train(state):
             elif state.steps_of_stage == STEPS and hvd.rank() == 0:
                 HOSTS.write_text(hosts)
             time.sleep(0.05)
-        own = {name: error.double() for name, (error, _) in compression.snapshot().owed.items()}
+        own = {name: error.double() for name, (error, _) in compression._reducer.snapshot().residuals.items()}
         committed = {name: own.get(name, zeros[name]) for name in zeros}
         state.commit()
     print(f"elastic: ok, {state.step} steps, |x| = {float(flat(model.parameters()).norm()):.4f}", flush=True)

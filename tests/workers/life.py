@@ -102,7 +102,7 @@ def another_compressor_in_mid_training():
         for step in range(2):
             train_step(model, optimizer, step)
             assert_identical(model)
-        assert optimizer.double_squeeze.compressor == TopK(0.05, values="sign")
+        assert optimizer.double_squeeze.options.compressor == TopK(0.05, values="sign")
         assert optimizer.double_squeeze.stats()["steps"] == 8
 
 

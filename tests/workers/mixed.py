@@ -44,7 +44,7 @@ def scaled_step(model, optimizer, scaler, step, overflows=False, autocast=None):
 
 def kept(optimizer):
     """What waits in all errors, in units of gradients that are not scaled."""
-    scale = optimizer.double_squeeze.units.scale
+    scale = optimizer.double_squeeze._reducer.units.scale
     return flat([worker + server for worker, server in errors_in_gradient_order(optimizer).values()]) / scale
 
 
@@ -171,7 +171,7 @@ def a_learning_rate_that_falls_and_rises():
         schedule.step()
         assert_identical(model)
         if step == 0:  # a rate of zero moves nothing: what has been sent is lost, and what waits is not worth anything yet
-            for bucket in optimizer.double_squeeze.session.buckets:
+            for bucket in optimizer.double_squeeze._reducer.session.buckets:
                 bucket.exchange.worker_error.zero_()
                 bucket.exchange.server_error.zero_()
     for name, (worker, server) in errors_in_gradient_order(optimizer).items():

@@ -19,7 +19,7 @@ from horovod.common.exceptions import HorovodInternalError
 import ds_horovod
 from ds_horovod import DoubleSqueeze
 from ds_horovod.compressors import Quantize
-from ds_horovod.transport import HorovodTransport
+from ds_horovod.horovod.transport import HorovodTransport
 
 parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)

@@ -22,11 +22,12 @@ from horovod.common.util import split_list
 from horovod.torch import optimizer as stock
 from torch import Tensor
 
-from .double_squeeze import DoubleSqueeze
+from ..double_squeeze import DoubleSqueeze, bind
+from ..reducer import Reducer
+from ..step import changed_too_early
+from ..uncompressed import clip
 from .elastic import require_handler
-from .session import changed_too_early
 from .transport import HorovodTransport, require_horovod_for
-from .uncompressed import clip
 
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
@@ -100,7 +101,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         squeeze = as_double_squeeze(call.arguments["compression"])
         if squeeze is None:
             return original(self, *args, **kwargs)
-        if squeeze.lr_aware and any("lr" not in group for group in call.arguments["params"]):
+        if squeeze.options.lr_aware and any("lr" not in group for group in call.arguments["params"]):
             raise ValueError("DoubleSqueeze: lr_aware=True needs a learning rate in each of the optimizer's parameter groups")
         average = is_average(call.arguments["op"])
         groups, process_set = call.arguments["groups"], call.arguments["process_set"]
@@ -113,15 +114,16 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         grouped = _named_groups(groups, parameters)
         name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"
         self._double_squeeze_late = _LateGradients()
+        self._double_squeeze_reducer = None  # of a rank that is not in the process set
         if process_set.included():
-            transport = HorovodTransport(squeeze.server, process_set)
-            squeeze.bind(name, parameters, average, transport, grouped)
+            transport = HorovodTransport(squeeze.options.server, process_set)
+            self._double_squeeze_reducer = bind(squeeze, name, parameters, average, transport, grouped)
         # Names of collectives only: two optimizers with equal parameter names may be under way at once.
         self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
         self.double_squeeze = squeeze
         self._double_squeeze_parameters = parameters
-        if squeeze.momentum:
-            _warn_of_two_momenta(squeeze.momentum, self.param_groups)
+        if squeeze.options.momentum:
+            _warn_of_two_momenta(squeeze.options.momentum, self.param_groups)
 
     return __init__
 
@@ -177,7 +179,7 @@ class _LateGradients:
     def add(self, p: Tensor) -> None:
         self._waiting.append(p)
 
-    def depart(self, send: Callable[[Tensor], Any]) -> None:
+    def flush(self, send: Callable[[Tensor], Any]) -> None:
         self._handles.update((p, send(p)) for p in self._waiting)
         self._waiting.clear()
 
@@ -193,16 +195,21 @@ def _result(handle: Any) -> Any:
     return handle() if callable(handle) else hvd.synchronize(handle)
 
 
+def _reducer(self: Any) -> Reducer | None:
+    """The reducer of an optimizer; None where the compression is another one, or the rank takes no part."""
+    return getattr(self, "_double_squeeze_reducer", None)
+
+
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Any, Any]:
-        squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
-        if squeeze is None:
+        reducer = _reducer(self)
+        if reducer is None:
             return original(self, p)  # type: ignore[no-any-return]
         # A new step. Passes of a step that only accumulate gradients have left handles of None.
         if all(handle is None for handle, _ in self._handles.values()):
-            _begin_step(self, squeeze)
-        session, late = squeeze.session, self._double_squeeze_late
+            _begin_step(self, reducer)
+        session, late = reducer.session, self._double_squeeze_late
         if session is None:
             return original(self, p)  # type: ignore[no-any-return]
         if p.grad is None:
@@ -210,7 +217,7 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
         sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
         if sparse_dim is not None:
             p.grad = p.grad.to_dense()
-        compressed = session.meet(p)
+        compressed = session.admit(p)
         dense = None
         if compressed:
             session.ready(p)
@@ -220,8 +227,8 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
             dense = _dense(self, p, original)
 
         def result() -> Any:
-            session.depart()
-            late.depart(lambda q: _dense(self, q, original))
+            session.flush()
+            late.flush(lambda q: _dense(self, q, original))
             session.drain()
             aggregated = session.finish(p) if compressed else late.result(p) if dense is None else _result(dense)
             if sparse_dim is not None:  # as it was: some optimizers take no other
@@ -237,26 +244,26 @@ def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
 def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def synchronize(self: Any) -> None:
-        squeeze: DoubleSqueeze | None = getattr(self, "double_squeeze", None)
-        if squeeze is None:
+        reducer = _reducer(self)
+        if reducer is None:
             return original(self)  # type: ignore[no-any-return]
-        session, named = squeeze.session, self._double_squeeze_parameters
+        options, session, named = reducer.options, reducer.session, self._double_squeeze_parameters
         # step() after synchronize(): what has been averaged must not be compressed again. Where a step was skipped, as
         # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
         if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
             return None
         if session is not None:
-            _require_scaled(self, squeeze.grad_scaler)
+            _require_scaled(self, options.grad_scaler)
             _require_hooked(self)
         else:
-            _follow(self)
-            if squeeze.max_norm is not None:
-                clip([(name, p.grad) for name, p in named if p.grad is not None], squeeze.max_norm * squeeze.units.scale)
+            _follow_rates(self, reducer)
+            if options.max_norm is not None:
+                clip([(name, p.grad) for name, p in named if p.grad is not None], options.max_norm * reducer.units.scale)
         original(self)
         for name, p in named:
             if p.grad is not None and (session is None or not session.covers(p)):
-                squeeze.velocities.add(name, p.grad)
-        squeeze.pay((name, p.grad) for name, p in named if p.grad is not None)
+                reducer.velocities.add(name, p.grad)
+        reducer.add_carried_over((name, p.grad) for name, p in named if p.grad is not None)
         return None
 
     return synchronize
@@ -283,26 +290,25 @@ def _require_scaled(self: Any, grad_scaler: Any) -> None:
         raise changed_too_early("each gradient")
 
 
-def _begin_step(self: Any, squeeze: DoubleSqueeze) -> None:
+def _begin_step(self: Any, reducer: Reducer) -> None:
     if os.environ.get("HOROVOD_ELASTIC") == "1":
-        require_handler(squeeze)
+        require_handler(self.double_squeeze)
         # Where ranks have only left, Horovod does not synchronize states.
-        if squeeze.size != self.process_set.size():
-            squeeze.rebind(HorovodTransport(squeeze.server, self.process_set), squeeze.snapshot())
-    if squeeze.session is not None:
-        squeeze.session.abandon()  # what is still under way was dropped by optimizer.load_state_dict
+        if reducer.transport.size != self.process_set.size():
+            reducer.rebind(HorovodTransport(reducer.options.server, self.process_set), reducer.snapshot())
+    if reducer.session is not None:
+        reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
     self._double_squeeze_late.forget()
-    _follow(self)
+    _follow_rates(self, reducer)
 
 
-def _follow(self: Any) -> None:
-    """A step begins: which learning rate has each parameter now?"""
-    squeeze: DoubleSqueeze = self.double_squeeze
+def _follow_rates(self: Any, reducer: Reducer) -> None:
+    """A step begins: tells the reducer the learning rate that each parameter has now."""
     rates: dict[str, float] = {}
-    if squeeze.lr_aware:
+    if reducer.options.lr_aware:
         names = {p: name for name, p in self._double_squeeze_parameters}
         rates = {names[p]: float(group["lr"]) for group in self.param_groups for p in group["params"] if p in names}
-    squeeze.follow(rates)
+    reducer.begin_step(rates)
 
 
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:

@@ -61,6 +61,7 @@ class HorovodTransport:
             _number(variable, 0) for variable in ("HOROVOD_ENABLE_ASYNC_COMPLETION", "HOROVOD_ENABLE_XLA_OPS")
         )
         self.serves = self.rank if server is None else (0 if server == hvd.rank() else None)
+        self.in_order = False  # Horovod matches collectives by their names
         self._process_set = process_set
         self._warnings = 0  # of the wait that goes on
         self._splits = None

@@ -7,7 +7,7 @@ import weakref
 import horovod.torch as hvd
 from horovod.torch.elastic import state as stock
 
-from .double_squeeze import DoubleSqueeze
+from ..double_squeeze import DoubleSqueeze, reducer_of
 from .transport import HorovodTransport
 
 _handled: weakref.WeakSet[DoubleSqueeze] = weakref.WeakSet()
@@ -16,9 +16,9 @@ _handled: weakref.WeakSet[DoubleSqueeze] = weakref.WeakSet()
 class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
     """What ``hvd.elastic.TorchState(..., compression=...)`` does with a DoubleSqueeze.
 
-    A commit keeps what this rank owes to the gradients (`Exchange.owed`), where the errors are. When ranks have come or
-    gone, each of those that are still there goes on with what it owed itself, new ones with nothing, and all with the first
-    rank's compressors, step and units. What a lost rank owed is lost with it, as its gradient is.
+    A commit keeps the residuals of this rank, where the errors are. When ranks have come or gone, each of those that are
+    still there goes on with its own residuals, new ones with none, and all with the first rank's compressors, step and
+    units. The residuals of a rank that failed are lost with it, as its gradient is.
     """
 
     def __init__(self, value: DoubleSqueeze) -> None:
@@ -28,7 +28,7 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
 
     def save(self) -> None:
         """`TorchState.commit`."""
-        self._saved = self.value.snapshot()
+        self._saved = reducer_of(self.value).snapshot()
         self._restored = False
 
     def restore(self) -> None:
@@ -37,9 +37,10 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
 
     def sync(self) -> None:
         """`TorchState.sync`: ranks have come or gone, or training begins."""
-        own = self._saved if self._restored else self.value.snapshot()
+        reducer = reducer_of(self.value)
+        own = self._saved if self._restored else reducer.snapshot()
         shared = hvd.broadcast_object(own.shared, root_rank=0, name="doublesqueeze.elastic")
-        self.value.rebind(HorovodTransport(self.value.server), own._replace(shared=shared))
+        reducer.rebind(HorovodTransport(reducer.options.server), own._replace(shared=shared))
         self.save()
 
 

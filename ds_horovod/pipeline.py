@@ -1,0 +1,76 @@
+"""The exchanges that are under way, in the order in which they began."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Generic
+
+from .exchange import Exchange, Handle, InFlight, Totals, Transport
+
+_SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
+
+
+class Pipeline(Generic[Handle]):
+    """Polls and drains the exchanges of an optimizer, of one step or of several.
+
+    Parameters
+    ----------
+    transport
+        The transport of the exchanges. Where it matches collectives by their order, an exchange begins its next collective
+        only after all earlier exchanges have begun theirs: so each kind has one order, that of `add`, on all ranks.
+    totals
+        Receives the seconds of waiting.
+    """
+
+    def __init__(self, transport: Transport[Handle], totals: Totals) -> None:
+        self.in_flight: list[InFlight[Handle]] = []
+        self._transport = transport
+        self._totals = totals
+        self._done: list[Exchange[Handle]] = []  # whose destinations the current stream may not read yet
+
+    def add(self, work: InFlight[Handle]) -> None:
+        """Takes over an exchange that has begun."""
+        self.in_flight.append(work)
+
+    def poll(self) -> None:
+        """Does what can be done without waiting."""
+        stages = sys.maxsize
+        for work in self.in_flight:
+            if work.poll(stages):
+                self._done.append(work.exchange)
+            elif self._transport.in_order:
+                stages = min(stages, work.stage)
+        self.in_flight = [work for work in self.in_flight if not work.done]
+
+    def drain(self) -> None:
+        """Returns when nothing is under way.
+
+        It naps where hvd.synchronize would spin on the core that Horovod needs: the longer it has waited, the longer,
+        so that looking costs little and a late look delays the step by a few per cent of the wait at most.
+        """
+        start = time.perf_counter()
+        passes = self._totals.pass_seconds
+        told = 0.0
+        try:
+            while self.in_flight:
+                self.poll()
+                if self.in_flight:
+                    waited = time.perf_counter() - start
+                    if waited > told + 1.0:
+                        told = waited
+                        self._transport.waiting(waited, [work.pending for work in self.in_flight])
+                    time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
+        except BaseException:
+            self.in_flight.clear()  # a collective has failed: there is nothing to wait for
+            raise
+        for exchange in self._done:
+            exchange.streams.wait_for_side()
+        self._done.clear()
+        self._totals.wait_seconds += time.perf_counter() - start - (self._totals.pass_seconds - passes)
+
+    def cancel(self) -> None:
+        """Leaves all destinations alone, and returns when nothing is under way."""
+        for work in self.in_flight:
+            work.cancelled = True
+        self.drain()

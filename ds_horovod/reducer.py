@@ -1,0 +1,228 @@
+"""The gradient reduction of one optimizer on one rank: what a `DoubleSqueeze` is once an optimizer uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compressors import Compressor
+from .options import Options
+from .residual import Residual
+from .selection import Selection
+from .session import GroupTransport, Session
+from .uncompressed import Velocities
+from .units import Units
+
+
+class Shared(NamedTuple):
+    """The part of a snapshot that is the same on all ranks."""
+
+    compressors: tuple[Compressor, Compressor | None]
+    """Of pushes and of replies, None where they are the same."""
+    step: int
+    sparse: list[str]
+    """Names of parameters with sparse gradients."""
+    velocities: dict[str, Tensor]
+    """Of what is not compressed."""
+    units: dict[str, Any]
+
+
+class Snapshot(NamedTuple):
+    """What a rank needs to go on among any number of ranks."""
+
+    residuals: dict[str, Residual]
+    """Its own, by name of parameter."""
+    shared: Shared
+
+
+class Reducer:
+    """Exchanges what is compressed, and keeps what goes with it: units, velocities of the rest, residuals carried over.
+
+    Parameters
+    ----------
+    options
+        As the user chose them.
+    name, transport
+        As for `Session`.
+    parameters
+        Names and parameters of the optimizer, in the order of registration.
+    average
+        Whether gradients are averaged rather than added up.
+    groups
+        Names of parameters that travel together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The options do not fit these parameters, or a parameter cannot be trained.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        name: str,
+        parameters: Sequence[tuple[str, Tensor]],
+        average: bool,
+        transport: GroupTransport[Any],
+        groups: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.selection = Selection(options, tuple(map(tuple, groups)))
+        self.selection.require_fits(parameters)
+        for label, p in parameters:
+            if not p.is_floating_point():
+                raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
+            if p.device.type not in ("cpu", "cuda"):
+                raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu and cuda are supported")
+        self.parameters = [(label, p) for label, p in parameters if p.requires_grad]
+        self.units = Units(options.grad_scaler, options.lr_aware)
+        self.velocities = Velocities(options.momentum)
+        self._name = name
+        self._average = average
+        self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
+        self._steps_carried_over = 0
+        self._enter(transport)
+
+    def _enter(self, transport: GroupTransport[Any]) -> None:
+        self.transport = transport
+        self.session: Session[Any] | None = None
+        """The exchange; None for one rank, which has nobody to exchange with."""
+        if transport.size > 1:
+            weight = 1.0 / transport.size if self._average else 1.0
+            self.session = Session(self._name, self.parameters, self.selection, weight, transport, self.units)
+
+    @property
+    def options(self) -> Options:
+        """As the user chose them."""
+        return self.selection.options
+
+    @property
+    def sessions(self) -> list[Session[Any]]:
+        """The session, if there is one."""
+        return [] if self.session is None else [self.session]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many ranks there are, and which one this is."""
+        return self.transport.size, self.transport.rank
+
+    @property
+    def steps(self) -> int:
+        """How many have been taken, since training began."""
+        return self._steps_carried_over if self.session is None else self.session.step
+
+    # ---- every step
+
+    def begin_step(self, rates: Mapping[str, float]) -> None:
+        """A step begins: errors follow the loss scale and, with `lr_aware`, the learning rate.
+
+        Parameters
+        ----------
+        rates
+            The learning rate of each parameter, by name.
+        """
+        change = self.units.begin_step(rates)
+        if change is None:
+            return
+        if self.session is not None:
+            self.session.rescale(change)
+        for name, error in self._carried_over.items():  # which a snapshot may hold too
+            self._carried_over[name] = error * (change.scale * change.rates.get(name, 1.0))
+        self.velocities.rescale(change.scale)
+
+    def add_carried_over(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """On one rank: adds the residuals that several ranks have left to the gradients of the next step, once."""
+        for name, gradient in gradients if self._carried_over else ():
+            if name in self._carried_over:
+                gradient += self._carried_over.pop(name).to(gradient.device)
+
+    # ---- between two steps
+
+    def change(self, options: Options) -> None:
+        """Goes on with other compressors, which take over the residuals; see `DoubleSqueeze.change_compressor`."""
+        session = self.session
+        if session is not None:
+            residuals, step = session.export_residual(), session.step
+            if not options.worker_error:
+                residuals = _averaged(session, residuals)
+            session.restart(options)
+            session.import_residual(residuals, step)
+        self.selection = replace(self.selection, options=options)
+
+    def residuals(self, of_all: bool = False) -> dict[str, Residual]:
+        """As `Session.export_residual`; on one rank what has been carried over."""
+        if self.session is None:
+            return {name: Residual(error, None) for name, error in self._carried_over.items()}
+        return self.session.export_residual(of_all)
+
+    def import_all(
+        self, residuals: Mapping[str, Residual], steps: int, sparse: Iterable[str], velocities: Mapping[str, Tensor]
+    ) -> None:
+        """Replaces all that is held.
+
+        Parameters
+        ----------
+        residuals
+            This rank's, by name of parameter.
+        steps
+            How many have been taken.
+        sparse
+            Names of parameters with sparse gradients.
+        velocities
+            By name, the same on all ranks: of parameters that are not compressed, and of others the mean.
+        """
+        residuals, velocities = dict(residuals), dict(velocities)
+        session = self.session
+        if session is None:
+            self._carried_over = {name: r.error for name, r in residuals.items()}
+            self._steps_carried_over = steps
+            velocities |= {name: r.velocity for name, r in residuals.items() if r.velocity is not None}
+        else:
+            self._carried_over = {}
+            names = frozenset(sparse)
+            session.adopt(names, session.buckets if names == session.sparse else session.fill(names), hold_errors=True)
+            if self.options.momentum:
+                for name in [n for n, p in session.parameters if session.covers(p) and n in velocities]:
+                    own = velocities.pop(name).float() / session.transport.size
+                    error, u = residuals.get(name, Residual(torch.zeros_like(own), None))
+                    residuals[name] = Residual(error, own if u is None else own.to(u.device) + u)
+            session.import_residual(residuals, steps)
+        self.velocities.load_state_dict(velocities)
+
+    # ---- going on among other ranks
+
+    def snapshot(self) -> Snapshot:
+        """What this rank needs to go on later, among any number of ranks. Raises RuntimeError while a step is under way."""
+        sparse = [] if self.session is None else sorted(self.session.sparse)
+        velocities = {name: velocity.clone() for name, velocity in self.velocities.state_dict().items()}
+        compressors = self.options.compressor, self.options.server_compressor
+        return Snapshot(self.residuals(), Shared(compressors, self.steps, sparse, velocities, self.units.state_dict()))
+
+    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot) -> None:
+        """Goes on among other ranks, with what this one has held before; all of them call it.
+
+        The residuals of the ranks that are still there are those of all from now on.
+        """
+        residuals, shared = snapshot
+        compressor, server_compressor = shared.compressors
+        options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
+        self.selection = replace(self.selection, options=options)
+        self._enter(transport)
+        if self.session is not None and not options.worker_error and options.server_error:  # servers take it over
+            residuals = _averaged(self.session, residuals)
+        self.import_all(residuals, shared.step, shared.sparse, shared.velocities)
+        self.units.load_state_dict(shared.units)
+
+
+def _averaged(session: Session[Any], residuals: Mapping[str, Residual]) -> dict[str, Residual]:
+    """Errors that are the same on all ranks, each the equal part of what they hold together; all ranks call it."""
+    result = {}
+    for name, p in [(n, p) for n, p in session.parameters if session.covers(p)]:
+        zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+        own = residuals[name].error if name in residuals else zeros
+        total = session.transport.sum(own, f"{session.name}.{name}.residual")
+        result[name] = Residual(total / session.transport.size, None)
+    return result

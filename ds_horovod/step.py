@@ -1,0 +1,138 @@
+"""The gradients of one step: which are there, and which buckets have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+from torch import Tensor
+
+from .exchange import Exchange, Handle, InFlight
+from .pipeline import Pipeline
+
+
+@dataclass(eq=False)
+class Bucket(Generic[Handle]):
+    """Parameters that travel together."""
+
+    names: list[str]
+    parameters: list[Tensor]
+    exchange: Exchange[Handle]
+
+
+def changed_too_early(what: str) -> RuntimeError:
+    """The error for gradients that are no longer those that left."""
+    return RuntimeError(
+        f"DoubleSqueeze: {what} was changed after backward() and before synchronize(), while it may have been under way. "
+        "Call optimizer.synchronize() first, then change gradients (scaler.unscale_, clip_grad_norm_), then step inside "
+        "`with optimizer.skip_synchronize()`"
+    )
+
+
+class Step(Generic[Handle]):
+    """One step of an optimizer. Its exchanges are in the pipeline, where those of earlier steps may still be.
+
+    Parameters
+    ----------
+    buckets
+        All of them, in an order that is the same on all ranks.
+    pipeline
+        Where exchanges go.
+    in_order
+        Whether buckets must leave in their order, as `Transport.in_order` says.
+    held
+        Whether no bucket leaves before `release`.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket[Handle]], pipeline: Pipeline[Handle], in_order: bool, held: bool) -> None:
+        self.gradients: dict[Tensor, Tensor] = {}
+        """The gradient of each parameter that has one, as it was handed over."""
+        self.admitted: list[Tensor] = []
+        """Parameters with a gradient, whether it is compressed or not."""
+        self.flushed = False
+        """Whether backward has ended."""
+        self._pipeline = pipeline
+        self._in_order = in_order
+        self._held = held
+        self._seen: dict[Tensor, int] = {}  # the versions of gradients that nobody else may change
+        self.arrange(buckets)
+
+    def arrange(self, buckets: Sequence[Bucket[Handle]]) -> None:
+        """Goes on with other buckets; only before any has left."""
+        self._missing = {bucket: {p for p in bucket.parameters if p not in self.gradients} for bucket in buckets}
+
+    def ready(self, p: Tensor, bucket: Bucket[Handle]) -> None:
+        """Takes over the gradient of a parameter. Sends its bucket if that was the last one, and never waits."""
+        assert p.grad is not None
+        self.gradients[p] = p.grad
+        self._seen[p] = p.grad._version
+        bucket.exchange.streams.mark_ready()
+        self._missing[bucket].discard(p)
+        if not self._held:
+            self._launch_full(bucket)
+
+    def release(self) -> None:
+        """Sends all buckets that are full."""
+        self._held = False
+        for bucket in list(self._missing):
+            self._launch_full(bucket)
+
+    def _launch_full(self, bucket: Bucket[Handle]) -> None:
+        bucket = next(iter(self._missing), bucket) if self._in_order else bucket
+        while self._missing.get(bucket, True) == set():  # full, and not under way already
+            self._launch(bucket)
+            self._pipeline.poll()
+            bucket = next(iter(self._missing), bucket) if self._in_order else bucket
+
+    def _launch(self, bucket: Bucket[Handle]) -> None:
+        gradients = [self.gradients[p] for p in bucket.parameters]
+        device = bucket.exchange.device
+        for name, gradient in zip(bucket.names, gradients, strict=True):
+            if gradient.device != device:
+                raise ValueError(
+                    f"DoubleSqueeze: expected a gradient of {name} on {device}, found {gradient.device}; "
+                    "move the model before making the optimizer"
+                )
+        del self._missing[bucket]
+        bucket.exchange.streams.wait_for_producers(gradients)
+        self._pipeline.add(_BucketInFlight(self, bucket, gradients))
+
+    def changed(self) -> Tensor | None:
+        """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
+        for p, version in self._seen.items():
+            if p.grad is not self.gradients[p] or p.grad._version != version:
+                return p
+        self._seen.clear()
+        return None
+
+    def note_written(self, bucket: Bucket[Handle]) -> None:
+        """The aggregated gradients of a bucket have been written."""
+        for p in bucket.parameters:
+            if p in self._seen:
+                self._seen[p] = self.gradients[p]._version
+
+    def waits_for(self, bucket: Bucket[Handle]) -> list[str]:
+        """The names of parameters without which a bucket cannot leave; none if it has left."""
+        missing = self._missing.get(bucket, set())
+        return [name for name, p in zip(bucket.names, bucket.parameters, strict=True) if p in missing]
+
+
+class _BucketInFlight(InFlight[Handle]):
+    """The exchange of a bucket of parameters, whose gradients may not be contiguous."""
+
+    def __init__(self, step: Step[Handle], bucket: Bucket[Handle], gradients: Sequence[Tensor]) -> None:
+        self._step, self._bucket, self._gradients = step, bucket, gradients
+        dense = [gradient.detach().contiguous() for gradient in gradients]
+        for gradient, copy in zip(gradients, dense, strict=True):
+            if not gradient.is_contiguous():
+                bucket.exchange.streams.record_stream(copy)
+        super().__init__(bucket.exchange, dense, dense)
+
+    def finish(self) -> None:
+        if self.cancelled:
+            return
+        for gradient, result in zip(self._gradients, self.destination, strict=True):
+            if not gradient.is_contiguous():
+                gradient.detach().copy_(result)
+        self._step.note_written(self._bucket)

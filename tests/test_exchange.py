@@ -1,0 +1,214 @@
+"""Exchanges under way: several at once, in any order, with more stages than two."""
+
+import math
+
+import pytest
+import torch
+from support import COMPRESSORS, assert_same_bits, gathered, generator, spread
+
+from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK
+from ds_horovod.double_squeeze import bind
+from ds_horovod.exchange import Exchange
+from ds_horovod.in_process import InProcessTransport, Simulation
+from ds_horovod.layout import pack
+from ds_horovod.options import Options
+
+SIZES = [5, 700, 63, 1]
+
+
+@pytest.mark.parametrize("compressor", [OneBit(64), TopK(0.1), TopK(0.1, values="sign"), NoCompression()], ids=repr)
+def test_two_steps_of_one_bucket_at_once_keep_the_law(compressor):
+    workers, g = 3, generator(0)
+    layout = pack(SIZES, compressor.block, workers)
+    exchanges = Simulation(layout, Options(compressor), workers).exchanges
+    own = [[[torch.randn(n, generator=g) for n in SIZES] for _ in range(2)] for _ in range(workers)]
+    results = [[[torch.full((n,), torch.nan) for n in SIZES] for _ in range(2)] for _ in range(workers)]
+    before = [[[x.clone() for x in step] for step in steps] for steps in own]
+    first = [exchange.begin(steps[0], into[0]) for exchange, steps, into in zip(exchanges, own, results, strict=True)]
+    second = [exchange.begin(steps[1], into[1]) for exchange, steps, into in zip(exchanges, own, results, strict=True)]
+    assert not any(work.poll(1) for work in first + second)
+    for work in first + second:
+        assert work.poll(2)
+    given = sum(torch.cat(step).double() for steps in before for step in steps) / workers
+    got = sum(torch.cat(step).double() for step in results[0])
+    errors = sum(gathered(layout, e.worker_error).double() for e in exchanges) / workers
+    kept = errors + gathered(layout, torch.cat([e.server_error for e in exchanges])).double()
+    torch.testing.assert_close(got + kept, given, rtol=0, atol=1e-5)
+    for steps, unchanged in zip(own, before, strict=True):  # the source is read only
+        for step, same in zip(steps, unchanged, strict=True):
+            assert_same_bits(torch.cat(step), torch.cat(same))
+    for into in results[1:]:
+        assert_same_bits(torch.cat([torch.cat(step) for step in into]), torch.cat([torch.cat(step) for step in results[0]]))
+
+
+# ---- transports that match collectives by their order
+
+
+SHAPES = [(8, 40), (7, 11), (64, 5), (3, 33), (20, 20)]
+
+
+def train(in_order, orders, steps=3):
+    """Workers whose gradients are ready in orders of their own, a bucket each. Returns what the first worker gets."""
+    workers, sessions = len(orders), []
+    for transport in InProcessTransport.group(workers, in_order=in_order):
+        named = [(f"p{i}", torch.zeros(shape, requires_grad=True)) for i, shape in enumerate(SHAPES)]
+        squeeze = DoubleSqueeze(OneBit(32), server_compressor=TopK(0.3), min_numel=1, bucket_cap_mb=1e-6)
+        sessions.append(bind(squeeze, "ordered", named, True, transport).session)
+    results, g = [], generator(1)
+    for _ in range(steps):
+        for rank, (session, order) in enumerate(zip(sessions, orders, strict=True)):
+            gradients = [torch.randn(shape, generator=g) for shape in SHAPES]
+            for i in order:
+                p = session.parameters[i][1]
+                p.grad = gradients[i]
+                assert session.admit(p)
+                session.ready(p)
+                sessions[rank - 1].poll()  # others go on meanwhile, as far as they can
+            session.flush()
+        for _ in range(2 * len(SHAPES)):
+            for session in sessions:
+                session.poll()
+        finished = [[session.finish(p) for _, p in session.parameters] for session in sessions]
+        for other in finished[1:]:
+            for ours, theirs in zip(finished[0], other, strict=True):
+                assert_same_bits(theirs, ours)
+        results += finished[0]
+    return results
+
+
+@pytest.mark.parametrize("orders", [[(4, 3, 2, 1, 0)] * 2, [(0, 1, 2, 3, 4), (4, 2, 0, 1, 3), (3, 4, 0, 2, 1)]], ids=len)
+def test_collectives_matched_by_order_give_what_those_matched_by_name_do(orders):
+    """The chunks of the buckets differ in size, so that one in the place of another would not fit."""
+    for ordered, named in zip(train(True, orders), train(False, orders), strict=True):
+        assert_same_bits(ordered, named)
+
+
+def test_a_pull_waits_for_the_pulls_before_it():
+    """The second bucket's push is done first on one worker, and last on the other."""
+    begun = []
+
+    class Transport(InProcessTransport):
+        blocked = ()
+
+        def push(self, payload, name):
+            begun.append((self.rank, name))
+            return super().push(payload, name)
+
+        def pull(self, reply, nbytes, name, device):
+            begun.append((self.rank, name))
+            return super().pull(reply, nbytes, name, device)
+
+        def poll(self, handle):
+            return (handle.kind, handle.round) not in self.blocked and super().poll(handle)
+
+    sessions = []
+    for transport in Transport.group(2, in_order=True):
+        named = [(f"p{i}", torch.zeros(32, 2, requires_grad=True)) for i in range(2)]
+        squeeze = DoubleSqueeze(OneBit(32), min_numel=1, bucket_cap_mb=1e-6)
+        sessions.append(bind(squeeze, "ordered", named, True, transport).session)
+    for session in sessions:
+        for _, p in session.parameters:
+            p.grad = torch.ones(32, 2)
+            session.admit(p)
+            session.ready(p)
+        session.flush()
+    sessions[0].transport.blocked = [("push", 0)]
+    for _ in range(2):
+        for session in sessions:
+            session.poll()
+    sessions[0].transport.blocked = ()
+    for _ in range(4):
+        for session in sessions:
+            session.poll()
+    for rank in range(2):
+        for kind in ("push", "pull"):
+            names = [name for r, name in begun if r == rank and name.endswith(kind)]
+            assert names == [f"ordered.bucket{b}.{kind}" for b in range(2)]
+
+
+# ---- two levels: dense inside a host before and after, and a shard that is sharded again
+
+
+class TwoLevelTransport:
+    """That among hosts, and beside it an allgather inside a host."""
+
+    def __init__(self, among, inside):
+        self._among, self._inside = among, inside
+        self.rank, self.size, self.server = among.rank, among.size, among.server
+        self.shards, self.serves, self.in_order, self.stream_ordered = among.shards, among.serves, False, False
+
+    def push(self, payload, name):
+        return self._among, self._among.push(payload, name)
+
+    def pull(self, reply, nbytes, name, device):
+        return self._among, self._among.pull(reply, nbytes, name, device)
+
+    def gather_inside(self, values, name):
+        return self._inside, self._inside.pull(values.view(torch.uint8), 4 * len(values), name, values.device)
+
+    def poll(self, handle):
+        return handle[0].poll(handle[1])
+
+    def wait(self, handle):
+        return handle[0].wait(handle[1])
+
+
+class TwoLevelExchange(Exchange):
+    """The exchange of a slice of a bucket, between a dense sum inside the host and a dense gathering of the results."""
+
+    def step(self, work):
+        whole, inside = self.whole, self.transport._inside
+        everyones = yield "reduce", self.transport.gather_inside(spread(whole, work.source), "reduce")
+        own = slice(inside.rank * self.layout.numel, (inside.rank + 1) * self.layout.numel)
+        mean = everyones.view(torch.float32).mean(0)[own]
+        gradients = [mean[o : o + n].clone() for o, n in zip(self.layout.offsets, self.layout.numels, strict=True)]
+        destination, work.source, work.destination = work.destination, gradients, gradients
+        yield from super().step(work)
+        slices = yield "gather", self.transport.gather_inside(spread(self.layout, gradients), "gather")
+        flat = slices.view(torch.float32).view(-1)
+        for offset, tensor in zip(whole.offsets, destination, strict=True):
+            tensor.copy_(flat[offset : offset + len(tensor)])
+
+
+@pytest.mark.parametrize("hosts, local", [(2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("compressor", [OneBit(64), TopK(0.1), NoCompression()], ids=repr)
+def test_more_stages_are_more_yields_and_keep_the_law(compressor, hosts, local):
+    layout = pack(SIZES, compressor.block, hosts * local)
+    among = [InProcessTransport.group(hosts) for _ in range(local)]
+    exchanges = []
+    for host in range(hosts):
+        for rank, inside in enumerate(InProcessTransport.group(local)):
+            part = layout.slice(rank * hosts, hosts)
+            transport = TwoLevelTransport(among[rank][host], inside)
+            exchange = TwoLevelExchange(0, "two levels", part, Options(compressor), 1 / hosts, transport, torch.device("cpu"))
+            exchange.whole = layout
+            exchanges.append(exchange)
+    g = generator(2)
+    given = got = 0.0
+    for _ in range(3):
+        gradients = [[torch.randn(n, generator=g) for n in SIZES] for _ in exchanges]
+        given += sum(torch.cat(own).double() for own in gradients) / len(exchanges)
+        under_way = [exchange.begin(own, own) for exchange, own in zip(exchanges, gradients, strict=True)]
+        for stages in (1, 2, 3, 4):
+            for work in under_way:
+                work.poll(stages)
+        assert all(work.done for work in under_way)
+        got += torch.cat(gradients[0]).double()
+        for own in gradients[1:]:
+            assert_same_bits(torch.cat(own), torch.cat(gradients[0]))
+    kept = []
+    for rank in range(local):
+        own = [exchange for i, exchange in enumerate(exchanges) if i % local == rank]
+        errors = sum(exchange.worker_error.double() for exchange in own) / hosts
+        kept.append(errors + torch.cat([exchange.server_error for exchange in own]).double())
+    torch.testing.assert_close(got + gathered(layout, torch.cat(kept)), given, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_chunks_of_a_slice_are_as_large_as_those_of_the_whole(compressor):
+    block = math.lcm(compressor.block, 32)
+    layout = pack(SIZES, block, 6)
+    assert {compressor.chunk_nbytes(layout.slice(first, 2)) for first in (0, 2, 4)} == {compressor.chunk_nbytes(layout)}
+    for first in (0, 2, 4):
+        for shard in range(2):
+            assert layout.slice(first, 2).shard(shard) == layout.shard(first + shard)

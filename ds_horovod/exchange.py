@@ -17,7 +17,7 @@ import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -151,8 +151,12 @@ class Exchange(Generic[Handle]):
     def _zeros(self, numel: int) -> Tensor:
         return torch.zeros(numel, dtype=torch.float32, device=self.device)
 
-    def step(self, work: InFlight[Handle]) -> Generator[tuple[str, Handle], Tensor, None]:
-        """One step of the algorithm: yields the name and handle of each collective, and is resumed with what has arrived."""
+    def step(self, work: InFlight[Handle]) -> Generator[tuple[str, Handle] | None, Any, None]:
+        """One step of the algorithm.
+
+        It yields the name and the handle of each collective, and is resumed with what has arrived; and None where it waits
+        for `InFlight.settle`.
+        """
         layout, transport, streams = self.layout, self.transport, self.streams
         compressor, reply_compressor = self.compressors()
         # Sizes under a name never change: Horovod keeps what it has agreed on for each.
@@ -165,6 +169,7 @@ class Exchange(Generic[Handle]):
         pushed = yield name + ".push", transport.push(payload, name + ".push")
 
         reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
+        before = self.server.error.clone() if work.held and self.server.error is not None else None
         if self.shard is not None:
             with self.timed("server_pass"):
                 reply = self.acquire(reply_nbytes)
@@ -174,11 +179,18 @@ class Exchange(Generic[Handle]):
             self.server.step += 1
         replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
 
+        if work.held and not work.cancelled:
+            work.overflows = not reply_compressor.is_within(layout, replies)
+            yield None
+            if work.skipped and before is not None and self.server.error is not None:
+                self.server.error.copy_(before)
+
         if not work.cancelled:
             with self.timed("decode"):
-                mask = None if self.worker.error is None else reply_compressor.nonfinite_mask(layout, replies)
-                if mask is not None:
-                    compressor.rollback(layout, payload, mask, work.source, self.worker)
+                if self.worker.error is not None:
+                    mask = self._everything() if work.skipped else reply_compressor.nonfinite_mask(layout, replies)
+                    if mask is not None:
+                        compressor.rollback(layout, payload, mask, work.source, self.worker)
                 reply_compressor.decode(layout, replies, work.destination)
 
         self._count_traffic(payload.shape[1], reply_nbytes)
@@ -187,15 +199,19 @@ class Exchange(Generic[Handle]):
             if reply is not None:
                 self.release(reply)
 
+    def _everything(self) -> Tensor:
+        """A mask of all elements, as `Compressor.nonfinite_mask` gives them."""
+        return torch.full((self.layout.numel // 32,), -1, dtype=torch.int32, device=self.device)
+
     def compressors(self) -> tuple[Compressor, Compressor]:
         """The worker's and the server's for the coming step."""
         if self.worker.step < self.options.warmup_steps:
             return _UNCOMPRESSED, _UNCOMPRESSED
         return self.options.compressor, self.options.reply_compressor
 
-    def begin(self, source: Sequence[Tensor], destination: Sequence[Tensor]) -> InFlight[Handle]:
+    def begin(self, source: Sequence[Tensor], destination: Sequence[Tensor], held: bool = False) -> InFlight[Handle]:
         """Runs the worker pass and begins the push of one step; see `InFlight`."""
-        return InFlight(self, source, destination)
+        return InFlight(self, source, destination, held)
 
     def acquire(self, *shape: int) -> Tensor:
         """Bytes for a payload, all zero."""
@@ -237,32 +253,69 @@ class InFlight(Generic[Handle]):
         finite.
     destination
         Contiguous tensors, alike, which receive the aggregated gradients. They may be those of the source.
+    held
+        Whether nothing is decoded before `settle`.
     """
 
-    def __init__(self, exchange: Exchange[Handle], source: Sequence[Tensor], destination: Sequence[Tensor]) -> None:
-        self.exchange, self.source, self.destination = exchange, source, destination
+    def __init__(
+        self, exchange: Exchange[Handle], source: Sequence[Tensor], destination: Sequence[Tensor], held: bool = False
+    ) -> None:
+        self.exchange, self.source, self.destination, self.held = exchange, source, destination, held
+        self.overflows = False
+        """Whether a reply is not finite, once it is `arrived`."""
+        self.skipped: bool | None = None
+        """As `settle` says."""
         self.cancelled = False
         """Whether the destination is left alone. The collectives go on, since other ranks take part in them."""
         self.done = False
         self.stage = 0
         """Collectives that are done."""
-        self._steps = exchange.step(self)
-        self.pending, self._handle = next(self._steps)
+        self.pending: str | None = None
         """The name of the collective under way."""
+        self._steps = exchange.step(self)
+        self._wait_for(next(self._steps))
 
     def poll(self, stages: int) -> bool:
         """Goes on as far as possible without blocking, until so many collectives are done. Returns whether all are."""
         exchange, transport = self.exchange, self.exchange.transport
-        while not self.done and self.stage < stages and transport.poll(self._handle):
+        while not self.arrived and self.stage < stages and transport.poll(self._handle):
             with exchange.streams.side():
                 arrived = exchange.streams.record_stream(transport.wait(self._handle), transport.stream_ordered)
                 self.stage += 1
-                try:
-                    self.pending, self._handle = self._steps.send(arrived)
-                except StopIteration:
-                    self.finish()
-                    self.done = True
+                self._resume(arrived)
         return self.done
+
+    @property
+    def arrived(self) -> bool:
+        """Whether all collectives are done, and the rest as well, or waits for `settle`."""
+        return self.pending is None
+
+    def settle(self, skipped: bool) -> None:
+        """Goes on with an exchange that is held, once its replies are there.
+
+        Parameters
+        ----------
+        skipped
+            Whether the optimizer will not take this step, since a gradient is not finite somewhere. The feedback states become
+            what they were before it, up to rounding; the destination is written all the same.
+        """
+        self.skipped = skipped
+        with self.exchange.streams.side():
+            self._resume(None)
+
+    def _resume(self, value: Tensor | None) -> None:
+        try:
+            self._wait_for(self._steps.send(value))
+        except StopIteration:
+            self.pending = None
+            self.finish()
+            self.done = True
+
+    def _wait_for(self, collective: tuple[str, Handle] | None) -> None:
+        if collective is None:
+            self.pending = None
+        else:
+            self.pending, self._handle = collective
 
     def finish(self) -> None:
         """Is called on the side stream once the destination is written."""

@@ -211,6 +211,9 @@ class Workers:
         for _ in ("push", "pull"):
             for session in self.sessions:
                 session.poll()
+        dense = [p.grad for session in self.sessions for _, p in session.parameters if not session.covers(p)]
+        for session in self.sessions:
+            session.settle(lambda: all(bool(gradient.isfinite().all()) for gradient in dense if gradient is not None))
         result = []
         for replicas in zip(*(session.parameters for session in self.sessions), strict=True):
             name, first = replicas[0]
@@ -218,5 +221,6 @@ class Workers:
                 result.append(self.sessions[0].finish(first))
             else:
                 result.append(torch.stack([p.grad for _, p in replicas]).mean(0))
-                self.reducers[0].velocities.add(name, result[-1])  # the same for all
+                if not self.sessions[0].skipped:
+                    self.reducers[0].velocities.add(name, result[-1])  # the same for all
         return result

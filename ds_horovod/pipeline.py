@@ -43,8 +43,14 @@ class Pipeline(Generic[Handle]):
                 stages = min(stages, work.stage)
         self.in_flight = [work for work in self.in_flight if not work.done]
 
+    def settle(self, skipped: bool) -> None:
+        """Goes on with what is held; see `InFlight.settle`."""
+        for work in self.in_flight:
+            work.settle(skipped)
+        self.poll()
+
     def drain(self) -> None:
-        """Returns when nothing is under way.
+        """Returns when no collective is under way.
 
         It naps where hvd.synchronize would spin on the core that Horovod needs: the longer it has waited, the longer,
         so that looking costs little and a late look delays the step by a few per cent of the wait at most.
@@ -53,14 +59,16 @@ class Pipeline(Generic[Handle]):
         passes = self._totals.pass_seconds
         told = 0.0
         try:
-            while self.in_flight:
+            while True:
                 self.poll()
-                if self.in_flight:
-                    waited = time.perf_counter() - start
-                    if waited > told + 1.0:
-                        told = waited
-                        self._transport.waiting(waited, [work.pending for work in self.in_flight])
-                    time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
+                pending = [work.pending for work in self.in_flight if work.pending is not None]
+                if not pending:
+                    break
+                waited = time.perf_counter() - start
+                if waited > told + 1.0:
+                    told = waited
+                    self._transport.waiting(waited, pending)
+                time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
         except BaseException:
             self.in_flight.clear()  # a collective has failed: there is nothing to wait for
             raise
@@ -74,3 +82,4 @@ class Pipeline(Generic[Handle]):
         for work in self.in_flight:
             work.cancelled = True
         self.drain()
+        self.settle(False)  # what is held from before

@@ -133,6 +133,37 @@ class Reducer:
             self._carried_over[name] = error * (change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
+    def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
+        """Learns, in mid-step, which scaler scales the loss.
+
+        Parameters
+        ----------
+        scaler
+            A ``torch.amp.GradScaler``.
+        exchanged
+            Whether the gradients of this step have been exchanged already.
+
+        Raises
+        ------
+        RuntimeError
+            Gradients of this scale have been added to errors of another one.
+        """
+        units, session, scale = self.units, self.session, float(scaler.get_scale())
+        if session is not None and scale != units.scale and (session.step > 1 if exchanged else session.has_left):
+            raise RuntimeError(
+                f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
+                f"{units.scale:g}, and gradients of this step have been added to them. Pass DoubleSqueeze(grad_scaler=scaler)"
+            )
+        units.grad_scaler = scaler
+        if not exchanged:
+            self.begin_step({})
+            return
+        units.scale = scale  # of all that has been exchanged, since that was the first step
+        gradients = [p.grad for _, p in self.parameters if p.grad is not None]
+        if session is not None and not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            session.import_residual({}, session.step)  # the step will be skipped, and before it there was nothing
+            self.velocities.load_state_dict({})
+
     def add_carried_over(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """On one rank: adds the residuals that several ranks have left to the gradients of the next step, once."""
         for name, gradient in gradients if self._carried_over else ():

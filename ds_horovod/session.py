@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Generic, Protocol
 
@@ -77,6 +77,8 @@ class Session(Generic[Handle]):
         """Bytes of gradients that have stayed with the dense allreduce."""
         self.started = False
         """Whether the ranks have agreed, so that buckets may leave during backward."""
+        self.skipped = False
+        """Whether the last step is one that a scaler of the loss skips."""
         self._names = {p: n for n, p in self.parameters}
         self._frozen = Frozen()
         self._changes = 0  # of compressors
@@ -157,7 +159,7 @@ class Session(Generic[Handle]):
             self.adopt(sparse, self.fill(sparse))
         if self._step is None or self._step.flushed:
             held = self.clips or not self.started
-            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, held)
+            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units)
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
@@ -205,13 +207,31 @@ class Session(Generic[Handle]):
         step.release()
 
     def drain(self) -> None:
-        """Returns when nothing is under way."""
+        """Returns when no collective is under way."""
         self.pipeline.drain()
+
+    def settle(self, others_finite: Callable[[], bool] = lambda: True) -> None:
+        """Decodes what has waited until it is known whether a scaler of the loss will skip the step.
+
+        Parameters
+        ----------
+        others_finite
+            Whether all aggregated gradients are finite that no exchange takes; the same on all ranks.
+        """
+        step, held = self._step, self.pipeline.in_flight
+        if step is None or step.settled:
+            return
+        step.settled = True
+        self.skipped = self.units.may_skip and (any(work.overflows for work in held) or not others_finite())
+        if held:
+            self.pipeline.settle(self.skipped)
+            self.drain()
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
         self.flush()
         self.drain()
+        self.settle()
         assert self._step is not None
         waits_for = self._step.waits_for(self._bucket_of[p])
         if waits_for:
@@ -220,6 +240,11 @@ class Session(Generic[Handle]):
         if p in self._frozen:  # it must not move; 1-bit scales that it shares with others leave no zeros
             gradient.zero_()
         return gradient
+
+    @property
+    def has_left(self) -> bool:
+        """Whether a bucket of the step under way has left."""
+        return self._step is not None and not self._step.flushed and self._step.launched
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
@@ -274,10 +299,13 @@ class Session(Generic[Handle]):
         self.adopt(self.sparse, self.fill(self.sparse), hold_errors=True)
 
     def rescale(self, change: Change) -> None:
-        """Multiplies what is held of each parameter, between two steps."""
+        """Multiplies what is held of each parameter; before a bucket of the step has left."""
         self.restore_frozen()
         for bucket in self.buckets:
             residual.rescale(bucket, change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
+        if self._step is not None and not self._step.flushed:
+            for p in self._step.gradients:
+                self._frozen.update(p, self._bucket_of[p])
 
     def restore_frozen(self) -> None:
         """What is held of frozen parameters lies with all the rest until the next step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .exchange import Exchange, Handle, InFlight
 from .pipeline import Pipeline
+from .units import Units
 
 
 @dataclass(eq=False)
@@ -43,9 +44,13 @@ class Step(Generic[Handle]):
         Whether buckets must leave in their order, as `Transport.in_order` says.
     held
         Whether no bucket leaves before `release`.
+    units
+        Of the gradients: where a scaler of the loss may skip the step, nothing is decoded before it is known whether.
     """
 
-    def __init__(self, buckets: Sequence[Bucket[Handle]], pipeline: Pipeline[Handle], in_order: bool, held: bool) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket[Handle]], pipeline: Pipeline[Handle], in_order: bool, held: bool, units: Units
+    ) -> None:
         self.gradients: dict[Tensor, Tensor] = {}
         """The gradient of each parameter that has one, as it was handed over."""
         self.admitted: list[Tensor] = []
@@ -55,6 +60,11 @@ class Step(Generic[Handle]):
         self._pipeline = pipeline
         self._in_order = in_order
         self._held = held
+        self._units = units
+        self.settled = False
+        """Whether it is known if a scaler of the loss will skip the step."""
+        self.launched = False
+        """Whether a bucket has left."""
         self._seen: dict[Tensor, int] = {}  # the versions of gradients that nobody else may change
         self.arrange(buckets)
 
@@ -95,8 +105,9 @@ class Step(Generic[Handle]):
                     "move the model before making the optimizer"
                 )
         del self._missing[bucket]
+        self.launched = True
         bucket.exchange.streams.wait_for_producers(gradients)
-        self._pipeline.add(_BucketInFlight(self, bucket, gradients))
+        self._pipeline.add(_BucketInFlight(self, bucket, gradients, self._units.may_skip))
 
     def changed(self) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
@@ -121,13 +132,13 @@ class Step(Generic[Handle]):
 class _BucketInFlight(InFlight[Handle]):
     """The exchange of a bucket of parameters, whose gradients may not be contiguous."""
 
-    def __init__(self, step: Step[Handle], bucket: Bucket[Handle], gradients: Sequence[Tensor]) -> None:
+    def __init__(self, step: Step[Handle], bucket: Bucket[Handle], gradients: Sequence[Tensor], held: bool) -> None:
         self._step, self._bucket, self._gradients = step, bucket, gradients
         dense = [gradient.detach().contiguous() for gradient in gradients]
         for gradient, copy in zip(gradients, dense, strict=True):
             if not gradient.is_contiguous():
                 bucket.exchange.streams.record_stream(copy)
-        super().__init__(bucket.exchange, dense, dense)
+        super().__init__(bucket.exchange, dense, dense, held)
 
     def finish(self) -> None:
         if self.cancelled:

@@ -39,6 +39,11 @@ class Units:
         """The loss scale of what is kept."""
         self._rates: dict[str, float] = {}
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether a scaler skips the steps in which a gradient is not finite."""
+        return self.grad_scaler is not None and getattr(self.grad_scaler, "is_enabled", lambda: True)()
+
     def begin_step(self, rates: Mapping[str, float]) -> Change | None:
         """Reads the loss scale, at the beginning of a step.
 

@@ -15,8 +15,10 @@ except ImportError as error:
         "does that (scripts/install_horovod.sh VENV)."
     ) from error
 
+from .amp import install as _install_amp
 from .elastic import install as _install_elastic
 from .hook import install as _install_hook
 
 _install_hook()
+_install_amp()
 _install_elastic()

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import os
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
-from ..step import changed_too_early
 from ..uncompressed import clip
 from .elastic import require_handler
 from .transport import HorovodTransport, require_horovod_for
@@ -32,6 +32,7 @@ from .transport import HorovodTransport, require_horovod_for
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
 # The ranks of a process set make its optimizers in the same order, so this names them alike.
+_stock_allreduce: Callable[..., Any] = getattr(stock._DistributedOptimizer, "_allreduce_grad_async", None)  # type: ignore[assignment]
 _optimizers: dict[int, Iterator[int]] = defaultdict(itertools.count)
 
 
@@ -113,7 +114,10 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
             require_horovod_for(p.device for _, p in parameters)
         grouped = _named_groups(groups, parameters)
         name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"
-        self._double_squeeze_late = _LateGradients()
+        self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p))
+        self._double_squeeze_lock = threading.RLock()
+        self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
+        self._double_squeeze_averaged = {}  # identities of gradients, by parameter
         self._double_squeeze_reducer = None  # of a rank that is not in the process set
         if process_set.included():
             transport = HorovodTransport(squeeze.options.server, process_set)
@@ -165,108 +169,165 @@ def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
             return
 
 
-class _LateGradients:
-    """Gradients that are not compressed and wait for the end of backward: small ones, and all that are to be clipped.
+class _DenseGradients:
+    """The gradients of one optimizer that are not compressed, in one step.
 
-    They leave together, and Horovod fuses them. One after the other, each small one would cost as much latency as a large
-    one.
+    Small ones, and all that are to be clipped, wait for the end of backward: they leave together, and Horovod fuses them. One
+    after the other, each small one would cost as much latency as a large one.
+
+    Parameters
+    ----------
+    send
+        Sends the gradient of a parameter, and returns a handle.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[Tensor], Any]) -> None:
+        self._send = send
         self._waiting: list[Tensor] = []
         self._handles: dict[Tensor, Any] = {}
+        self._results: dict[Tensor, Tensor] = {}
 
-    def add(self, p: Tensor) -> None:
-        self._waiting.append(p)
+    def add(self, p: Tensor, late: bool) -> None:
+        """Sends a gradient now, or once backward has ended."""
+        if late:
+            self._waiting.append(p)
+        else:
+            self._handles[p] = self._send(p)
 
-    def flush(self, send: Callable[[Tensor], Any]) -> None:
-        self._handles.update((p, send(p)) for p in self._waiting)
+    def flush(self) -> None:
+        """Backward has ended."""
+        self._handles.update((p, self._send(p)) for p in self._waiting)
         self._waiting.clear()
 
-    def result(self, p: Tensor) -> Any:
-        return _result(self._handles.pop(p))
+    def are_finite(self) -> bool:
+        """Whether all aggregated gradients are finite; waits for them."""
+        results = [self._wait(p) for p in [*self._handles, *self._results]]
+        return all(bool(_values(result).isfinite().all()) for result in results)
+
+    def result(self, p: Tensor) -> Tensor:
+        """The aggregated gradient of a parameter; waits for it."""
+        self._wait(p)
+        return self._results.pop(p)
+
+    def _wait(self, p: Tensor) -> Tensor:
+        if p in self._handles:
+            handle = self._handles.pop(p)
+            self._results[p] = handle() if callable(handle) else hvd.synchronize(handle)
+        return self._results[p]
 
     def forget(self) -> None:
+        """Drops the step."""
         self._waiting.clear()
         self._handles.clear()
+        self._results.clear()
 
 
-def _result(handle: Any) -> Any:
-    return handle() if callable(handle) else hvd.synchronize(handle)
-
-
-def _reducer(self: Any) -> Reducer | None:
+def reducer_of_optimizer(optimizer: Any) -> Reducer | None:
     """The reducer of an optimizer; None where the compression is another one, or the rank takes no part."""
-    return getattr(self, "_double_squeeze_reducer", None)
+    return getattr(optimizer, "_double_squeeze_reducer", None)
 
 
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _allreduce_grad_async(self: Any, p: Tensor) -> tuple[Any, Any]:
-        reducer = _reducer(self)
-        if reducer is None:
+        if reducer_of_optimizer(self) is None:
             return original(self, p)  # type: ignore[no-any-return]
-        # A new step. Passes of a step that only accumulate gradients have left handles of None.
-        if all(handle is None for handle, _ in self._handles.values()):
-            _begin_step(self, reducer)
-        session, late = reducer.session, self._double_squeeze_late
-        if session is None:
-            return original(self, p)  # type: ignore[no-any-return]
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
-        sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
-        if sparse_dim is not None:
-            p.grad = p.grad.to_dense()
-        compressed = session.admit(p)
-        dense = None
-        if compressed:
-            session.ready(p)
-        elif session.clips or (not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES):
-            late.add(p)
-        else:
-            dense = _dense(self, p, original)
-
-        def result() -> Any:
-            session.flush()
-            late.flush(lambda q: _dense(self, q, original))
-            session.drain()
-            aggregated = session.finish(p) if compressed else late.result(p) if dense is None else _result(dense)
-            if sparse_dim is not None:  # as it was: some optimizers take no other
-                p.grad = aggregated.to_sparse(sparse_dim)
-                return p.grad.clone()
-            return aggregated
-
-        return result, None
+        with self._double_squeeze_lock:  # autograd has a thread for each device, and users may have more
+            return _hand_over(self, p, original)
 
     return _allreduce_grad_async
+
+
+def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any, Any]:
+    """Takes over a gradient. Returns what Horovod calls in `synchronize`, and no context."""
+    if self._double_squeeze_handles is not self._handles or not self._double_squeeze_open:
+        _begin_step(self)
+    session = self._double_squeeze_reducer.session
+    if session is None:
+        return original(self, p)  # type: ignore[no-any-return]
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
+    sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
+    if sparse_dim is not None:
+        p.grad = p.grad.to_dense()
+    dense: _DenseGradients = self._double_squeeze_dense
+    compressed = session.admit(p)
+    if compressed:
+        session.ready(p)
+    else:
+        small = not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES
+        dense.add(p, late=session.clips or small)
+
+    def result() -> Tensor:
+        session.flush()
+        dense.flush()
+        session.drain()
+        session.settle(dense.are_finite)
+        aggregated = session.finish(p) if compressed else dense.result(p)
+        if sparse_dim is not None:  # as it was: some optimizers take no other
+            p.grad = aggregated.to_sparse(sparse_dim)
+            return p.grad.clone()
+        return aggregated
+
+    return result, None
 
 
 def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def synchronize(self: Any) -> None:
-        reducer = _reducer(self)
+        reducer = reducer_of_optimizer(self)
         if reducer is None:
             return original(self)  # type: ignore[no-any-return]
-        options, session, named = reducer.options, reducer.session, self._double_squeeze_parameters
-        # step() after synchronize(): what has been averaged must not be compressed again. Where a step was skipped, as
-        # GradScaler does, and the gradients are gone, this is the next one, in which other ranks may have gradients.
-        if session is not None and self._synchronized and not self._handles and any(p.grad is not None for _, p in named):
+        if not self._handles and are_averaged(self):
             return None
+        options, session, named = reducer.options, reducer.session, self._double_squeeze_parameters
         if session is not None:
-            _require_scaled(self, options.grad_scaler)
             _require_hooked(self)
         else:
             _follow_rates(self, reducer)
             if options.max_norm is not None:
                 clip([(name, p.grad) for name, p in named if p.grad is not None], options.max_norm * reducer.units.scale)
         original(self)
-        for name, p in named:
-            if p.grad is not None and (session is None or not session.covers(p)):
-                reducer.velocities.add(name, p.grad)
-        reducer.add_carried_over((name, p.grad) for name, p in named if p.grad is not None)
+        self._double_squeeze_open = False
+        gradients = [(name, p, p.grad) for name, p in named if p.grad is not None]
+        if session is None:
+            skipped = reducer.units.may_skip and not all(bool(g.isfinite().all()) for _, _, g in gradients)
+        else:
+            skipped = session.skipped
+        for name, p, gradient in gradients if not skipped else ():
+            if session is None or not session.covers(p):
+                reducer.velocities.add(name, gradient)
+        if not skipped:
+            reducer.add_carried_over((name, gradient) for name, _, gradient in gradients)
+        self._double_squeeze_averaged = {p: _identity(gradient) for _, p, gradient in gradients}
         return None
 
     return synchronize
+
+
+def _identity(gradient: Tensor) -> tuple[int, ...]:
+    """What tells a gradient from others, and from itself after a change, without holding on to it."""
+    return id(gradient), _values(gradient).data_ptr(), gradient._version
+
+
+def are_averaged(self: Any) -> bool:
+    """Whether the gradients are those of the last `synchronize`, as they came or as the user has clipped them.
+
+    It is asked where backward has handed over nothing since, as for ``step()`` after ``synchronize()``. Gradients that are
+    gone, zeroed or assigned by the user belong to the next step, in which other ranks may have gradients: this rank must
+    take part. Horovod's own flag does not tell: it stays where a step was skipped.
+    """
+    if not self._synchronized:
+        return False
+    averaged = self._double_squeeze_averaged
+    gradients = {p: p.grad for _, p in self._double_squeeze_parameters if p.grad is not None}
+    if any(p not in averaged or _identity(gradient)[:2] != averaged[p][:2] for p, gradient in gradients.items()):
+        return False
+    return any(_identity(g) == averaged[p] or bool(_values(g).any()) for p, g in gradients.items())
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def _require_hooked(self: Any) -> None:
@@ -283,14 +344,8 @@ def _require_hooked(self: Any) -> None:
         )
 
 
-def _require_scaled(self: Any, grad_scaler: Any) -> None:
-    """Raises RuntimeError where gradients have been divided by the loss scale already, of which their versions tell nothing."""
-    state = getattr(grad_scaler, "_per_optimizer_states", {}).get(id(self))
-    if state is not None and getattr(state.get("stage"), "name", None) == "UNSCALED":
-        raise changed_too_early("each gradient")
-
-
-def _begin_step(self: Any, reducer: Reducer) -> None:
+def _begin_step(self: Any) -> None:
+    reducer: Reducer = self._double_squeeze_reducer
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         require_handler(self.double_squeeze)
         # Where ranks have only left, Horovod does not synchronize states.
@@ -298,7 +353,8 @@ def _begin_step(self: Any, reducer: Reducer) -> None:
             reducer.rebind(HorovodTransport(reducer.options.server, self.process_set), reducer.snapshot())
     if reducer.session is not None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
-    self._double_squeeze_late.forget()
+    self._double_squeeze_dense.forget()
+    self._double_squeeze_handles, self._double_squeeze_open = self._handles, True
     _follow_rates(self, reducer)
 
 
@@ -325,12 +381,12 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
     return zero_grad
 
 
-def _dense(self: Any, p: Tensor, original: Callable[..., Any]) -> Any:
+def _send_dense(self: Any, p: Tensor) -> Any:
     """Sends a gradient on Horovod's own path; by way of a copy what that refuses: bfloat16, or not contiguous."""
     gradient = p.grad
     assert gradient is not None
     if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
-        return original(self, p)[0]
+        return _stock_allreduce(self, p)[0]
     copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype)
     handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op, process_set=self.process_set)
     return lambda: gradient.copy_(hvd.synchronize(handle))

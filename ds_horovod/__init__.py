@@ -12,11 +12,11 @@ except ImportError as error:
         "does that (scripts/install_horovod.sh VENV)."
     ) from error
 
-from .checkpoint import save
 from .compressors import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from .double_squeeze import DoubleSqueeze
 from .eager import allreduce
 from .elastic import install as _install_elastic
+from .files import save
 from .hook import install as _install
 
 _install()

@@ -5,7 +5,8 @@
 
 In one process the workers take turns on one model, and exchange gradients by the code that they would run under
 Horovod; batch statistics are each worker's own. Both ways give the same losses up to rounding. The file is written after
-each run, and a later call goes on where it ends.
+each run, and a later call goes on where it ends. It holds means of several losses where nothing reads those of every step
+(see `learning.thinned`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tasks
 import torch
 import torch.nn.functional as F
 from common import Cells, HelpFormatter, count, new_file, positive, provenance, table, use_threads
+from learning import thinned
 from tasks import Task
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
@@ -434,6 +436,7 @@ def main() -> None:
             result = train(task, recipe, key["workers"], key["seed"], ranks, bar.update)
             if cells is not None:
                 origin = {name: source[name] for name in ("date", "commit", "command", "machine", "versions")}
+                result.update(thinned(result["losses"], task.name, key["workers"]))
                 cells.add(**key, compression=recipe.describe(task), **origin, **result)
     if cells is not None:
         asked = [cell for cell in cells.read() if {name: cell[name] for name in keys[0]} in keys]

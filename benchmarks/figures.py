@@ -1,21 +1,37 @@
-"""The figures of docs/results.md."""
+"""The figures of docs/results.md.
+
+The same results give the same bytes, and a figure stays small, so that the history of the repository stays small too.
+"""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from cluster import bits_per_second
-from learning import HOSTS, RATES, SMOOTHING, TIMED_MODEL, curve, groups, step_seconds
+from learning import HOSTS, RATES, TIMED_MODEL, curve, groups, step_seconds
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-# Deterministic files: the same results give the same bytes.
 mpl.use("svg")
 mpl.rcParams.update(
-    {"svg.hashsalt": "ds_horovod", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    {
+        "svg.hashsalt": "ds_horovod",  # ids that do not change from run to run
+        "svg.fonttype": "none",
+        "font.sans-serif": ["DejaVu Sans"],  # each text names all fonts of this list
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
 )
+MOST_POINTS = 32
+"""Of one curve of training loss: one for each six points of a panel's width."""
 
 LABELS = {
     "none": "Horovod", "fp16": "Horovod fp16", "onebit": "DoubleSqueeze 1-bit", "topk-1%": "DoubleSqueeze top-k 1 %",
@@ -28,6 +44,7 @@ _STYLES = {
     "topk-0.1%": ("tab:green", "-"), "ddp": ("tab:red", "-"), "ddp-fp16": ("tab:red", "--"),
     "ddp-powersgd-1": ("tab:orange", "-"), "ddp-powersgd-4": ("tab:orange", "--"), "noop": ("black", ":"),
 }  # fmt: skip
+_SVG = "http://www.w3.org/2000/svg"
 _TOPOLOGY_STYLES = {
     "ring": ("tab:gray", "-"),
     "one pass": ("tab:orange", "-"),
@@ -42,8 +59,49 @@ def label(method: str) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
+    path.write_text(compact(written.getvalue()))
+
+
+def compact(svg: str) -> str:
+    """The same picture in half of the bytes.
+
+    Matplotlib writes six digits after the decimal point, a line for each vertex, and a numbered group around each tick, so
+    that one more tick changes all lines after it. Here a tenth of a point is exact enough, a path is one line, and groups
+    that do nothing are gone.
+    """
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            element.set(name, re.sub(r"-?\d+\.\d{3,}", _short, _on_one_line(value) if name == "d" else value))
+    _dissolve(root)
+    ElementTree.indent(root, space="")
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _on_one_line(path: str) -> str:
+    """A path without the line breaks, and without the letter of straight lines where no curve can be meant."""
+    text = " ".join(path.split())
+    return text.replace(" L ", " ") if set(re.findall("[A-Za-z]", text)) <= set("MLz") else text
+
+
+def _short(number: re.Match[str]) -> str:
+    value = float(number[0])
+    return f"{value:.{1 if abs(value) >= 10 else 2}f}".rstrip("0").rstrip(".")  # the small ones are the shapes of markers
+
+
+def _dissolve(parent: ElementTree.Element) -> None:
+    """Puts the contents of groups that only carry an id into their place."""
+    children = []
+    for child in parent:
+        _dissolve(child)
+        only_a_name = child.tag == f"{{{_SVG}}}g" and set(child.attrib) <= {"id"}
+        children += list(child) if only_a_name else [child]
+    parent[:] = children
 
 
 def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -> None:
@@ -70,6 +128,14 @@ def draw_bandwidth(cells: Sequence[Mapping[str, Any]], model: str, path: Path) -
     _save(figure, path)
 
 
+def spread(points: Sequence[tuple[int, float]], logarithmic: bool) -> list[tuple[int, float]]:
+    """At most `MOST_POINTS` of a curve, with its ends, evenly spaced on the axis of steps."""
+    steps = np.array([step for step, _ in points])
+    between = np.geomspace if logarithmic else np.linspace
+    wanted = between(steps[0], steps[-1], MOST_POINTS)
+    return [points[i] for i in np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))]
+
+
 def draw_learning(content: Mapping[str, Any], steps: Mapping[str, Any] | None, workers: int, path: Path) -> None:
     """Training loss over steps, over bytes, and over time at each rate where steps were timed."""
     task, found = content["settings"]["task"], groups(content)
@@ -80,17 +146,17 @@ def draw_learning(content: Mapping[str, Any], steps: Mapping[str, Any] | None, w
     # Those that follow the learning rate lie on those that do not: the table compares them.
     recipes = sorted({recipe for n, recipe in found if n == workers and not recipe.endswith("-lr-aware")})
     for i, recipe in enumerate(recipes):
-        losses, sent = curve(found[workers, recipe]), found[workers, recipe][0]["bytes_sent"]
+        points, sent = curve(found[workers, recipe]), found[workers, recipe][0]["bytes_sent"]
         seconds = [1.0, sent / 1e6, *(step_seconds(steps, task, recipe, rate) for rate in RATES)][:count]
         for panel, each in zip(panels, seconds, strict=True):
             if each is not None:
-                # A fifth of the window lies between two points: more of them make the file larger, not the picture finer.
-                drawn = range(0, len(losses), SMOOTHING // 5)
-                x = [(SMOOTHING + step) * each for step in drawn]
-                line = "--" if recipe == "none" else "-"
-                panel.plot(x, [losses[step] for step in drawn], line, color=colors(i % 20), linewidth=1, label=recipe)
+                drawn = spread(points, logarithmic=panel is not panels[0])
+                x, y = [step * each for step, _ in drawn], [loss for _, loss in drawn]
+                panel.plot(x, y, "--" if recipe == "none" else "-", color=colors(i % 20), linewidth=1, label=recipe)
     for panel, what in zip(panels, ["steps", "megabytes sent", *(f"seconds at {rate}" for rate in RATES)], strict=False):
         panel.set(xlabel=what, yscale="log", xscale="linear" if what == "steps" else "log")
+        panel.minorticks_off()
+    panels[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter=StrMethodFormatter("{x:g}"))
     panels[0].set_ylabel("training loss")
     handles, labels = panels[0].get_legend_handles_labels()
     panels[-1].legend(handles, labels, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -165,6 +231,7 @@ def draw_scaling(model: Mapping[str, Any], path: Path) -> None:
                 "one server": "1-bit, two passes, one server"}[d["topology"]]  # fmt: skip
         panel.plot(model["hosts"], d["seconds"], line, color=color, label=what)
         panel.set(xscale="log", yscale="log")
+        panel.minorticks_off()
     for row, size in zip(panels, sizes, strict=True):
         row[0].set_ylabel(f"{size / 1e6:,.0f} million parameters\nseconds")
     for panel, rate in zip(panels[0], gigabits, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 Json = Mapping[str, Any]
 SMOOTHING = 25
 """Steps over which training losses are averaged."""
+MOST_LOSSES = 200
+"""Of one run, in a file: means over several steps, where nothing reads every step."""
 HOSTS, RATES = 4, ("1gbit", "100mbit")
 """Where time is looked at."""
 TIMED_MODEL = {"gpt-sgd": "gpt-small", "gpt-adamw": "gpt-small"}
@@ -40,15 +43,34 @@ def is_accuracy(content: Json) -> bool:
     return "accuracy" in content["settings"]["metric"]
 
 
-def curve(cells: Sequence[Json]) -> list[float]:
-    """Training loss of the mean of all seeds, smoothed; None in the data, of a run that diverged, is left out."""
-    steps = min(len(cell["losses"]) for cell in cells)
+def thinned(losses: Sequence[float | None], task: str, workers: int) -> dict[str, Any]:
+    """What a file keeps of the losses of each step: ``losses``, and ``steps_per_loss`` where each is the mean of several.
+
+    The page says after how many steps a loss is reached where those steps are timed, and every step is kept there. Elsewhere
+    at most `MOST_LOSSES` means are kept, which are enough for a figure. A mean is None if one of its losses is.
+    """
+    spans = itertools.chain((1, 5), itertools.count(SMOOTHING, SMOOTHING))  # those below SMOOTHING divide it
+    span = next(n for n in spans if len(losses) <= n * MOST_LOSSES)
+    if span == 1 or (task in TIMED_MODEL and workers == HOSTS):
+        return {"losses": list(losses)}
+    blocks = [losses[i : i + span] for i in range(0, len(losses), span)]
+    means = [None if None in block else float(f"{statistics.fmean(block):.5g}") for block in blocks]
+    return {"steps_per_loss": span, "losses": means}
+
+
+def curve(cells: Sequence[Json]) -> list[tuple[int, float]]:
+    """Steps, and the training loss of the `SMOOTHING` steps before, mean of all seeds.
+
+    None in the data, of a run that diverged, is left out.
+    """
+    (span,) = {cell.get("steps_per_loss", 1) for cell in cells}
+    count = min(len(cell["losses"]) for cell in cells)
     mean = [
-        statistics.fmean([x for x in (cell["losses"][step] for cell in cells) if x is not None] or [float("nan")])
-        for step in range(steps)
+        statistics.fmean([x for x in (cell["losses"][i] for cell in cells) if x is not None] or [float("nan")])
+        for i in range(count)
     ]
-    window = min(SMOOTHING, steps)
-    return [statistics.fmean(mean[i - window : i]) for i in range(window, steps + 1)]
+    window = min(max(1, SMOOTHING // span), count)
+    return [(i * span, statistics.fmean(mean[i - window : i])) for i in range(window, count + 1)]
 
 
 def step_seconds(steps: Json | None, task: str, recipe: str, rate: str) -> float | None:
@@ -61,10 +83,9 @@ def step_seconds(steps: Json | None, task: str, recipe: str, rate: str) -> float
     return None
 
 
-def steps_to(losses: Sequence[float], target: float) -> int | None:
+def steps_to(points: Sequence[tuple[int, float]], target: float) -> int | None:
     """Steps until the smoothed loss is at the target; None if it never is."""
-    first = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    return None if first is None else first + SMOOTHING
+    return next((step for step, loss in points if loss <= target), None)
 
 
 def rows(content: Json, steps: Json | None) -> Iterator[list[str]]:
@@ -109,7 +130,7 @@ def _times(task: str, recipe: str, cells: Sequence[Json], reference: Sequence[Js
     """Minutes to the training loss that uncompressed training ends with, give or take two per cent."""
     if not reference or steps is None or task not in TIMED_MODEL or cells[0]["workers"] != HOSTS:
         return ["" for _ in RATES]
-    needed = steps_to(curve(cells), 1.02 * curve(reference)[-1])
+    needed = steps_to(curve(cells), 1.02 * curve(reference)[-1][1])
     result = []
     for rate in RATES:
         seconds = step_seconds(steps, task, recipe, rate)

@@ -51,6 +51,8 @@ SAMPLES_BETWEEN_LOOKS = 512
 """Of all workers together, so that the loss is looked at equally often on the way, whatever their number."""
 SMOOTHING = 5
 """Looks, of which the mean must reach the target."""
+MOST_LOOKS = 50
+"""Of one run, in the file: enough for the figure."""
 MOST_SAMPLES = 200_000
 """Of all workers together, before a run is given up."""
 RECIPE_NAMES = ("none", "onebit", "topk-1%")
@@ -134,6 +136,11 @@ def train(recipe: str, workers: int, seed: int, ranks: bool, tick: Callable[[int
     return {"steps": found[-1]["step"] if reached else None, "learning_rate": workers * LEARNING_RATE, "looks": found}
 
 
+def thinned(looks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `MOST_LOOKS` of them, evenly spaced, the last one among them."""
+    return list(looks)[:: -max(1, math.ceil(len(looks) / MOST_LOOKS))][::-1]
+
+
 def summary(cells: Sequence[dict[str, Any]]) -> str:
     """`efficiencies` as a table."""
     rows = [["recipe", "workers", "steps", "efficiency", "of uncompressed SGD's"]]
@@ -188,7 +195,7 @@ def main() -> None:
             result = train(key["recipe"], key["workers"], key["seed"], ranks, bar.update)
             if cells is not None:
                 origin = {name: source[name] for name in ("date", "commit", "command", "machine", "versions")}
-                cells.add(**key, **origin, **result)
+                cells.add(**key, **origin, **{**result, "looks": thinned(result["looks"])})
     if cells is not None:
         print(summary([cell for cell in cells.read() if cell["transport"] == transport]))
 

@@ -6,9 +6,9 @@ imported before it is used.
 
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import save
 from .compressors import Cast, Compressor, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from .double_squeeze import DoubleSqueeze
+from .files import save
 from .on_import import extend_horovod as _extend_horovod
 
 if TYPE_CHECKING:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from .options import Options
@@ -23,38 +18,6 @@ from .units import Units
 
 FORMAT = 4
 _ARRAYS = ("worker_error", "server_error", "velocity")
-
-
-def save(obj: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save`` that leaves the old file, whole, or the new one, whenever it is interrupted.
-
-    Parameters
-    ----------
-    obj
-        What ``torch.save`` takes.
-    path
-        Of the file. A temporary one lies beside it meanwhile.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Holder(Protocol):

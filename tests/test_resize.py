@@ -1,12 +1,5 @@
 """What errors owe to the gradients is kept when the ranks, the compressor or the layout become others."""
 
-import os
-import signal
-import stat
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from support import generator
@@ -270,49 +263,3 @@ def test_a_file_without_a_place():
     without = workers(2, worker_error=False, server_error=False).squeezes[0]
     with pytest.raises(ValueError, match="holds errors, but neither worker_error nor server_error is on"):
         without.load_state_dict({**state, "velocities": {}})
-
-
-# ---- files
-
-
-def test_save_replaces_and_keeps_permissions(tmp_path):
-    file = tmp_path / "state.pt"
-    ds_horovod.save({"a": torch.ones(3)}, file)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~_umask()
-    file.chmod(0o640)
-    old = file.stat().st_ino
-    ds_horovod.save({"a": torch.zeros(3)}, str(file))
-    assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert file.stat().st_ino != old  # another file in its place, at once
-    assert torch.equal(torch.load(file, weights_only=True)["a"], torch.zeros(3))
-    assert os.listdir(tmp_path) == ["state.pt"]
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_save_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "state.pt"
-    ds_horovod.save(1, file)
-    with pytest.raises(Exception, match="pickle"):
-        ds_horovod.save([torch.ones(10**5), lambda: None], file)
-    assert torch.load(file) == 1 and os.listdir(tmp_path) == ["state.pt"]
-
-
-def test_save_that_is_killed_leaves_the_old_file(tmp_path):
-    """In the middle of writing."""
-    file = tmp_path / "state.pt"
-    ds_horovod.save(1, file)
-    script = """
-        import os, signal, sys, torch, ds_horovod
-        class Bomb:
-            def __reduce__(self):
-                os.kill(os.getpid(), signal.SIGKILL)
-        ds_horovod.save([torch.ones(10**6), Bomb()], sys.argv[1])
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(file)], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert torch.load(file) == 1

@@ -1,15 +1,21 @@
 """The cost model, and the page of results: what it says is what the JSON holds."""
 
+import itertools
 import json
 import math
+import random
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
+import figures
+import learning
 import model
 import pytest
 import report
+import speedup
 from cluster_jobs import BENCHMARKS
 from horovod_jobs import ROOT
 
@@ -132,3 +138,107 @@ def test_a_target_that_is_missed_is_said_to_be():
     rows = report.target_table(content).splitlines()[2:]
     assert [row.split("|")[-2].strip() for row in rows] == ["yes", "**no**", "yes", "yes"]
     assert "30.0 times" in rows[0] and math.isclose(float(rows[1].split("|")[4]), 1.25)
+
+
+# ---- what a measurement adds to the repository
+
+
+def test_the_results_in_the_tree_are_small():
+    drawings = {path.name: path.read_text() for path in RESULTS.glob("*.svg")}
+    assert drawings and {name: len(text) for name, text in drawings.items() if len(text) > 60_000} == {}
+    for name, text in drawings.items():
+        vertices = [len(path.split()) / 2 for path in re.findall(r' d="([^"]*)"', text)]
+        assert max(vertices) <= 300, name
+    sizes = {path.name: path.stat().st_size for path in RESULTS.glob("*.json")}
+    assert {name: size for name, size in sizes.items() if size > 500_000} == {}
+
+
+def test_a_run_in_the_tree_keeps_what_is_read():
+    """Every step is there where the page says after how many a loss is reached, and nowhere else."""
+    for name, content in results().items():
+        for cell in content.get("cells", []):
+            if name.startswith("convergence-"):
+                task, every = content["settings"]["task"], content["settings"]["steps"]
+                read = task in learning.TIMED_MODEL and cell["workers"] == learning.HOSTS
+                assert len(cell["losses"]) == every if read else len(cell["losses"]) <= learning.MOST_LOSSES, (
+                    name,
+                    cell["recipe"],
+                )
+            if name == "speedup":
+                assert len(cell["looks"]) <= speedup.MOST_LOOKS and cell["steps"] in (None, cell["looks"][-1]["step"])
+
+
+def noisy_losses(steps, seed=0):
+    numbers = random.Random(seed)
+    return [float(f"{3 / (1 + step / 100) + numbers.random():.5g}") for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "span", "kept"), [(200, 1, 200), (400, 5, 80), (1003, 25, 41), (3600, 25, 144), (11700, 75, 156)]
+)
+def test_thinned_losses_are_the_same_curve(steps, span, kept):
+    losses = [noisy_losses(steps, seed) for seed in range(2)]
+    cells = [learning.thinned(own, "digits", workers=4) for own in losses]
+    assert {cell.get("steps_per_loss", 1) for cell in cells} == {span} and {len(cell["losses"]) for cell in cells} == {kept}
+    every, thin = (dict(learning.curve(own)) for own in ([{"losses": own} for own in losses], cells))
+    shared = [step for step in thin if step in every]
+    assert len(shared) >= len(thin) - 1
+    if span <= learning.SMOOTHING:
+        assert [thin[step] for step in shared] == pytest.approx([every[step] for step in shared], rel=1e-4)
+
+
+def test_losses_of_timed_steps_stay_as_they_are():
+    losses = noisy_losses(900)
+    assert learning.thinned(losses, "gpt-sgd", learning.HOSTS) == {"losses": losses}
+    assert len(learning.thinned(losses, "gpt-sgd", 8)["losses"]) == 180
+    smoothed = learning.curve([{"losses": losses}])
+    assert smoothed[0] == (25, pytest.approx(sum(losses[:25]) / 25)) and smoothed[-1][0] == 900
+    assert learning.steps_to(smoothed, smoothed[500][1]) <= 525 and learning.steps_to(smoothed, 0.0) is None
+
+
+def test_thinned_losses_of_a_run_that_diverged():
+    losses = [*noisy_losses(398), None, None]
+    assert learning.thinned(losses, "digits", 4)["losses"][-2:] == [pytest.approx(sum(losses[390:395]) / 5, rel=1e-4), None]
+
+
+@pytest.mark.parametrize("count", [0, 1, 50, 51, 167])
+def test_thinned_looks_end_with_the_last(count):
+    looks = [{"step": step} for step in range(count)]
+    kept = speedup.thinned(looks)
+    assert len(kept) <= speedup.MOST_LOOKS and kept[-1:] == looks[-1:]
+    assert kept == looks if count <= 50 else len({b["step"] - a["step"] for a, b in itertools.pairwise(kept)}) == 1
+
+
+def test_the_same_results_give_the_same_figures(tmp_path):
+    """Byte by byte: a figure changes where its results do, and with nothing else."""
+    held = results()
+    for again in ("a", "b"):
+        figures.draw_fit(held["model"], tmp_path / f"fit-{again}.svg")
+        figures.draw_learning(
+            held["convergence-gpt-sgd-3600"], held["steps-gpt-small"], learning.HOSTS, tmp_path / f"learning-{again}.svg"
+        )
+    for name in ("fit", "learning"):
+        assert (tmp_path / f"{name}-a.svg").read_bytes() == (tmp_path / f"{name}-b.svg").read_bytes()
+        assert not re.search(r"dc:date|[Mm]atplotlib v", (tmp_path / f"{name}-a.svg").read_text())
+
+
+def test_points_of_a_drawn_curve_are_evenly_spaced():
+    points = [(step, 1 / step) for step in range(25, 901)]
+    for logarithmic in (False, True):
+        drawn = figures.spread(points, logarithmic)
+        assert len(drawn) == figures.MOST_POINTS and (drawn[0], drawn[-1]) == (points[0], points[-1])
+        at = [math.log(step) if logarithmic else step for step, _ in drawn]
+        gaps = [b - a for a, b in itertools.pairwise(at)]
+        assert max(gaps) < 1.5 * min(gaps)
+    assert figures.spread(points[:3], True) == points[:3]
+
+
+def test_a_compact_figure_is_the_same_picture():
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    line = '<path d="M 10.123456 2.345678 \nL -20 30.987654 \nL 1 2 \nz" style="stroke-width: 0.8"/>'
+    rounded = '<path d="M 1 2 \nQ 3 4 5 6 \nL 7 8 \n"/>'
+    tick = '<g id="tick_1"><g id="line_2"><use xlink:href="#m" x="0.60175"/></g></g>'
+    said = figures.compact(f'<svg {names}><g clip-path="url(#p)">{line}{rounded}</g>{tick}<text x="1">0.123456</text></svg>')
+    assert re.findall(r' d="([^"]*)"', said) == ["M 10.1 2.35 -20 31 1 2 z", "M 1 2 Q 3 4 5 6 L 7 8"]
+    assert said.count("<g") == 1 and 'x="0.6"' in said and "stroke-width: 0.8" in said and ">0.123456<" in said
+    assert figures.compact(said) == said

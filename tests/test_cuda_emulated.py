@@ -22,7 +22,15 @@ ONE_BIT += [OneBit(96, "l2"), OneBit(2048, "l2"), *(OneBit(96, s, g) for s in ("
 QUANTIZE = [Ternary(), Ternary(96), Quantize(2, 32), Quantize(3, 96), Quantize(3, 4096), Quantize(4), Quantize(4, 800)]
 QUANTIZE += [Quantize(8, 64), Quantize(8, 2048 + 32), Ternary(2048 + 64, "stochastic", seed=3), Ternary(32, "stochastic", "l2")]
 QUANTIZE += [Quantize(3, 96, "stochastic"), Quantize(8, 2048, "stochastic", "l2", seed=2**64 - 1)]
-ELEMENTS = [Cast("fp16"), Cast("bf16"), RandomK(1e-5), RandomK(0.01), RandomK(0.3, values="fp16", seed=2**64 - 1), RandomK(1.0)]
+ELEMENTS = [
+    NoCompression(),
+    Cast("fp16"),
+    Cast("bf16"),
+    RandomK(1e-5),
+    RandomK(0.01),
+    RandomK(0.3, values="fp16", seed=2**64 - 1),
+    RandomK(1.0),
+]
 TOP_K = [TopK(0.01), TopK(0.3), TopK(1.0), TopK(k=3, values="fp16"), TopK(0.06, values="sign"), TopK(0.7, values="sign")]
 CODECS = ONE_BIT + QUANTIZE + ELEMENTS + TOP_K
 FEW_CODECS = [OneBit(), OneBit(32, "l2"), OneBit(96, granularity="bucket"), Quantize(4), Ternary(), Cast("fp16"), RandomK(0.1)]
@@ -75,7 +83,7 @@ def passes(codec, layout, gradients, error, dtype):
     codec.decode(layout, payload, decoded)
     totals = torch.randn(layout.shards, layout.shard_numel, generator=generator(1))
     for shard, total in enumerate(totals):
-        codec.accumulate_all(layout.shard(shard), payload[shard].repeat(2, 1), 0.3, total)
+        codec.accumulate(layout.shard(shard), payload[shard].repeat(2, 1), 0.3, total)
     return {"payload": payload, "decoded": torch.cat(decoded), "totals": totals, **kept(memory)}
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch import Tensor
-
-from .. import kernels
-from ..feedback import FeedbackState
 from ..kernels.formats import CastFormat, align
 from ..layout import Layout
-from .base import LARGEST, Compressor, FusedCompressor
+from .base import FusedCompressor
 
 _DTYPES = ("fp16", "bf16")
 
@@ -36,6 +31,7 @@ class Cast(FusedCompressor):
     """
 
     dtype: str = "fp16"
+    family = "cast"
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -44,30 +40,7 @@ class Cast(FusedCompressor):
     def format(self, layout: Layout) -> CastFormat:
         return _format(self, layout)
 
-    def chunk_nbytes(self, layout: Layout) -> int:
-        return self.format(layout).nbytes
-
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).cast_encode(_format(self, layout), layout, gradients, memory, chunks)
-
-    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        kernels.for_device(chunks.device).cast_decode(_format(self, layout), layout, chunks, gradients)
-
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        kernels.for_device(chunk.device).cast_accumulate(_format(self, layout), layout, chunk, weight, total)
-
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
-    ) -> None:
-        device = kernels.for_device(chunk.device)
-        if pusher != self or device.HOST:
-            return super().serve(layout, pushed, pusher, weight, memory, chunk)
-        device.cast_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
-
-    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        return bool(kernels.for_device(chunks.device).cast_is_within(_format(self, layout), chunks, limit))
-
 
 @lru_cache(maxsize=1024)
-def _format(codec: Cast, layout: Layout) -> CastFormat:
-    return CastFormat(codec.dtype, align(2 * layout.shard_numel))
+def _format(compressor: Cast, layout: Layout) -> CastFormat:
+    return CastFormat(compressor.dtype, align(2 * layout.shard_numel))

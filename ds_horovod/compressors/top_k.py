@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from .. import kernels
-from ..feedback import FeedbackState
 from ..kernels.formats import ENTRIES, READ_AHEAD, RUN, TopKFormat, align
 from ..layout import Layout
-from .base import LARGEST, FusedCompressor
+from .base import FusedCompressor
 
 _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 
@@ -48,6 +42,7 @@ class TopK(FusedCompressor):
     ratio: float | None
     k: int | None
     values: str
+    family = "top_k"
     sparse = True
 
     def __init__(self, ratio: float | None = None, *, k: int | None = None, values: str = "fp32") -> None:
@@ -67,27 +62,6 @@ class TopK(FusedCompressor):
     def format(self, layout: Layout) -> TopKFormat:
         return _format(self, layout)
 
-    def chunk_nbytes(self, layout: Layout) -> int:
-        return self.format(layout).nbytes
-
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, memory, chunks)
-
-    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        kernels.for_device(chunks.device).top_k_decode(_format(self, layout), layout, chunks, gradients)
-
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        kernels.for_device(chunk.device).top_k_accumulate(_format(self, layout), layout, chunk, weight, total)
-
-    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        format = _format(self, layout)
-        if self.values == "sign":
-            dtype, begin, count = torch.bfloat16, format.scales_at, most_scales(format.k, layout.shard_numel)
-        else:
-            dtype, begin, count = torch.float32 if self.values == "fp32" else torch.float16, format.values_at, format.k
-        values = chunks[:, begin : begin + count * dtype.itemsize].contiguous().view(-1).view(dtype)
-        return bool(kernels.for_device(chunks.device).all_within(values.float(), limit))
-
 
 def runs_of(shard_numel: int) -> int:
     """Runs in a shard."""
@@ -100,10 +74,12 @@ def most_scales(k: int, shard_numel: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _format(codec: TopK, layout: Layout) -> TopKFormat:
-    k = codec.k if codec.ratio is None else math.ceil(round(codec.ratio * layout.most_elements, 6))  # 7 of 100 are 0.07
+def _format(compressor: TopK, layout: Layout) -> TopKFormat:
+    k = (
+        compressor.k if compressor.ratio is None else math.ceil(round(compressor.ratio * layout.most_elements, 6))
+    )  # 7 of 100 are 0.07
     assert k is not None
-    k, values = min(k, layout.most_elements), codec.values
+    k, values = min(k, layout.most_elements), compressor.values
     # Of all ways to divide an offset into upper and lower bits the shortest, for which elements and k are enough to know.
     return min((_divided(k, values, layout.shard_numel, b) for b in range(16)), key=lambda format: format.nbytes)
 

@@ -1,5 +1,5 @@
-// Element by element: all of them as floats of 16 or 32 bits, or a few at positions that all ranks draw alike. Included by each
-// translation unit of kernels.
+// Element-wise formats: all elements as floats of 16 or 32 bits (Cast), or a few of them at random positions that all ranks
+// draw alike (RandomK). Included by each translation unit of kernels.
 
 #include <cmath>
 #include <vector>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// What v is made of, from some element on: gradient, error and velocity; or the error alone.
+// The terms of v from some element on: gradient, error and velocity, or the error alone.
 template <class G>
 struct Terms {
     const G* g;
@@ -28,7 +28,7 @@ struct Terms {
         if (u) v = velocity = momentum * u[i] + v;
         return g && e ? v + e[i] : v;
     }
-    // What error and velocity were before v and the new velocity took their places, up to rounding.
+    // Restores error and velocity, up to rounding, after v and the new velocity have been stored in their places.
     void roll_back(int64_t i) const {
         const float own = to_float(g[i]);
         e[i] -= u ? u[i] : own;
@@ -43,7 +43,7 @@ Terms<G> terms_at(Tensors gradients, const FeedbackState& state, int64_t tensor,
             state.momentum};
 }
 
-// eight(i, v, velocity) where eight values stand together and are finite, one(i, v, velocity) or not_finite(i) elsewhere.
+// Calls eight(i, v, velocity) for eight adjacent finite values, and one(i, v, velocity) or not_finite(i) for the others.
 template <class G, class Eight, class One, class NotFinite>
 inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight, const One& one, const NotFinite& not_finite) {
     auto singly = [&](int64_t from, int64_t to) {
@@ -64,7 +64,7 @@ inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight,
     singly(i, count);
 }
 
-// visit(shard, tensor, first, count, position) for part t of all elements, which never crosses a shard.
+// Calls visit(shard, tensor, first, count, position) for part t of all elements. No call spans two shards.
 template <class Visit>
 void for_part(const Layout& layout, int t, int threads, const Visit& visit) {
     auto begin = [&](int part) { return layout.shards * layout.shard_numel / 32 * part / threads * 32; };
@@ -77,9 +77,9 @@ void for_part(const Layout& layout, int t, int threads, const Visit& visit) {
     }
 }
 
-// ---- all of them
+// ---- Cast
 
-// Where the value of a position is.
+// The address of the value at a position.
 template <class H>
 inline H* cast_at(const Cast& format, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
     return reinterpret_cast<H*>(chunks + shard * format.chunk_bytes) + position - shard * layout.shard_numel;
@@ -89,7 +89,7 @@ inline const H* cast_at(const Cast& format, const Layout& layout, const uint8_t*
     return reinterpret_cast<const H*>(chunks + shard * format.chunk_bytes) + position - shard * layout.shard_numel;
 }
 
-// call(type), where type is a null pointer of the type that values travel as
+// Calls call(type), where type is a null pointer to the type of the values in a chunk.
 template <class Call> auto with_cast_type(const Cast& format, const Call& call) {
     switch (format.dtype) {
         case Dtype::float32: return call(static_cast<float*>(nullptr));
@@ -184,19 +184,19 @@ bool cast_is_within(const Cast& format, const Layout& layout, const uint8_t* chu
 constexpr decltype(Passes<Cast>::serve) cast_serve = nullptr;
 constexpr decltype(Passes<Cast>::fault) cast_fault = nullptr;
 
-// ---- a few, at random
+// ---- RandomK
 
-constexpr uint32_t kDrawing = 0x72616e64u;  // sets the key apart from what rounds with the same seed
+constexpr uint32_t kDrawing = 0x72616e64u;  // distinguishes the key from that of stochastic rounding with the same seed
 
 inline RandomK::Header& header_of(uint8_t* chunk) { return *reinterpret_cast<RandomK::Header*>(chunk); }
 inline const RandomK::Header& header_of(const uint8_t* chunk) { return *reinterpret_cast<const RandomK::Header*>(chunk); }
 
-// Element at which a stratum begins.
+// The first element of a stratum.
 inline int64_t stratum_at(const RandomK& format, const Layout& layout, int64_t stratum) {
     return int64_t(uint64_t(stratum) * uint64_t(layout.shard_numel) / uint64_t(format.k));
 }
 
-// One position in each of a shard's equal strata, from some stratum on.
+// Draws one position in each of a shard's equal strata, starting at some stratum.
 class Draws {
 public:
     Draws(const RandomK& format, const Layout& layout, const RandomK::Header& header, int64_t stratum)
@@ -222,7 +222,7 @@ private:
     uint32_t words_[8][4];
 };
 
-// visit(stratum, tensor, element, position) for what strata from .. to of a shard draw, unless it is padding.
+// Calls visit(stratum, tensor, element, position) for the positions drawn in strata from .. to of a shard, padding left out.
 template <class Visit>
 void for_drawn(const RandomK& format, const Layout& layout, const RandomK::Header& header, int64_t shard, int64_t from,
                int64_t to, const Visit& visit) {
@@ -242,7 +242,7 @@ inline float sent_value(const RandomK& format, const uint8_t* chunk, int64_t i) 
     const uint8_t* values = chunk + sizeof(RandomK::Header);
     return format.half ? to_float(reinterpret_cast<const Half*>(values)[i]) : reinterpret_cast<const float*>(values)[i];
 }
-// Returns what arrives.
+// Returns the value that readers will see.
 inline float send_value(const RandomK& format, uint8_t* chunk, int64_t i, float v) {
     uint8_t* values = chunk + sizeof(RandomK::Header);
     if (format.half) reinterpret_cast<Half*>(values)[i] = half_of(v);
@@ -250,16 +250,16 @@ inline float send_value(const RandomK& format, uint8_t* chunk, int64_t i, float 
     return sent_value(format, chunk, i);
 }
 
-// A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes,
-// or the pass is taken back.
+// The dense pass stores v in place of the error. Only then is it known whether a shard is finite: if so, the elements drawn are
+// sent, otherwise the pass is rolled back.
 template <class G>
 void draw(const RandomK& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks, int threads) {
-    std::vector<std::vector<int64_t>> odd(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
+    std::vector<std::vector<int64_t>> nonfinite(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
     parallel(threads, [&](int t) {
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
             const auto terms = terms_at<G>(gradients, state, tensor, first, position);
-            float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // the error alone is there already
-            auto& here = odd[size_t(t)];
+            float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // without gradients, v is there already
+            auto& here = nonfinite[size_t(t)];
             for_values(
                 terms, count,
                 [=](int64_t i, F8 v, F8 velocity) {
@@ -274,15 +274,15 @@ void draw(const RandomK& format, const Layout& layout, Tensors gradients, Feedba
         });
     });
     std::vector<uint8_t> finite(size_t(layout.shards), 1);
-    for (const auto& positions : odd)
+    for (const auto& positions : nonfinite)
         for (int64_t position : positions) finite[size_t(position / layout.shard_numel)] = 0;
     parallel(threads, [&](int t) {
-        auto next = odd[size_t(t)].begin();
+        auto next = nonfinite[size_t(t)].begin();
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
             const auto terms = terms_at<G>(gradients, state, tensor, first, position);
             if (finite[size_t(shard)] || !terms.g || !terms.e) return;
             for (int64_t i = 0; i < count; i++) {
-                if (next != odd[size_t(t)].end() && *next == position + i) next++;
+                if (next != nonfinite[size_t(t)].end() && *next == position + i) next++;
                 else terms.roll_back(i);
             }
         });
@@ -318,7 +318,7 @@ template <class G>
 void scatter_drawn(const RandomK& format, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
-        std::vector<G> tile(size_t(kTile), G{});  // zeros, but for what is drawn
+        std::vector<G> tile(size_t(kTile), G{});  // zeros, except for the elements drawn
         for (int64_t shard = 0; shard < layout.shards; shard++) {
             const uint8_t* chunk = chunks + shard * format.chunk_bytes;
             const bool finite = header_of(chunk).k != kAllNotFinite;

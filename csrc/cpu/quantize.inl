@@ -1,7 +1,8 @@
-// A few levels an element, evenly spaced up to a scale of its block. Included by each translation unit of kernels.
+// Each element becomes one of a few levels, evenly spaced up to the scale of its block. Included by each translation unit of
+// kernels.
 //
-// code = trunc(|v| * levels / scale + r), where r is 0.5, to the nearest, or random in [0, 1), which makes it right on
-// average; v arrives as code * (scale / levels), with its sign.
+// code = trunc(|v| * levels / scale + r), where r is 0.5, which rounds to the nearest level, or random in [0, 1), which makes
+// the result unbiased. Readers decode code * (scale / levels), with the sign of v.
 
 #include <cmath>
 #include <vector>
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kDigits = 5;  // of base 3 in a byte
 
-// A byte's elements lie far apart, so that neighbouring bytes take neighbouring elements: compilers make vectors of that.
+// The elements of a byte lie far apart, so that adjacent bytes hold adjacent elements, and compilers can vectorize the loops.
 inline void pack_codes(const Quantize& format, const uint8_t* c, uint8_t* out) {
     switch (format.bits) {
         case 0: {
@@ -52,7 +53,7 @@ inline void unpack_codes(const Quantize& format, const uint8_t* in, uint8_t* c) 
     switch (format.bits) {
         case 0: {
             const int64_t m = ceil_div(format.block, kDigits);
-            for (int64_t i = 0; i < kDigits; i++)  // digit by digit: compilers make vectors of it
+            for (int64_t i = 0; i < kDigits; i++)  // digit by digit, which compilers vectorize
                 for (int64_t j = 0; j < m; j++) {
                     const auto x = uint16_t(i ? c[(kDigits - 1) * m + j] : in[j]), third = uint16_t(x * 171 >> 9);
                     c[i * m + j] = uint8_t(i < kDigits - 1 ? x - 3 * third : x % 3);
@@ -93,7 +94,7 @@ inline void unpack_codes(const Quantize& format, const uint8_t* in, uint8_t* c) 
     }
 }
 
-// One block in the first-level cache. Beyond its elements everything is zero.
+// One block in the first-level cache, zero past its last element.
 struct QuantizedBlock {
     explicit QuantizedBlock(const Quantize& format)
         : format(format), values(size_t(format.block)), velocities(size_t(format.block)),
@@ -124,10 +125,10 @@ struct QuantizedBlock {
         std::fill(v + count, v + format.block, 0.f);
     }
 
-    // Adds what a worker has sent.
+    // Adds the values that a worker has sent.
     void add_codes(const uint8_t* from, float step, int64_t count) {
         unpack_codes(format, from, codes.data());
-        // Digits that no element has: of a corrupted push they may be anything, and the reply would repeat them.
+        // Digits past the last element: a corrupted push may have any there, and the reply would repeat them.
         std::fill(codes.begin() + format.block, codes.end(), uint8_t(0));
         const F8 s = splat(step), levels = splat(float(format.levels));
         const int64_t padded = ceil_div(count, 8) * 8;
@@ -157,8 +158,8 @@ struct QuantizedBlock {
         return float_of(most);
     }
 
-    // Writes the block's payload, and error and velocity where there are any; `position` is what random numbers go by.
-    void settle(int64_t count, int64_t position, const Philox& random, const FeedbackState& kept, float* step, uint8_t* out) {
+    // Writes the payload of the block, and error and velocity, if any. `position` selects the random numbers.
+    void finish(int64_t count, int64_t position, const Philox& random, const FeedbackState& kept, float* step, uint8_t* out) {
         float *error = kept.error, *velocity = kept.velocity;
         const float s = scale(), levels = float(format.levels);
         if (!(s <= float_of(kMaxFinite))) {
@@ -223,7 +224,7 @@ void quantize_encode(const Quantize& format, const Layout& layout, Tensors gradi
                 const FeedbackState kept = at_position(state, position);
                 block.stage(g, kept, count);
                 uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
-                block.settle(count, position, random, kept, step_in(chunk, at), codes);
+                block.finish(count, position, random, kept, step_in(chunk, at), codes);
             });
         });
     });
@@ -244,7 +245,7 @@ void quantize_serve(const Quantize& format, const Layout& layout, const uint8_t*
                 block.add_codes(from.codes, from.step * weight, count);
             }
             uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
-            block.settle(count, position, random, kept, step_in(chunk, at), codes);
+            block.finish(count, position, random, kept, step_in(chunk, at), codes);
         });
     });
 }

@@ -1,8 +1,8 @@
 // The k largest magnitudes of a shard, exactly: ties go to the lowest index. Included by each translation unit of kernels.
 //
-// One dense pass forms v = gradient + error, writes it where the error was, and collects the candidates over a threshold
-// guessed from a sample; an exact radix selection then looks at the candidates only. Should the guess have been too high,
-// or so low that candidates pile up, the selection runs over all elements instead: slower, the same result.
+// One dense pass computes v = gradient + error, stores it in place of the error, and collects the candidates above a threshold
+// estimated from a sample. An exact radix selection then reads the candidates only. If the estimate was too high, or so low
+// that there is no room for all candidates, the selection reads all elements instead: slower, with the same result.
 #pragma once
 
 #include <memory>
@@ -20,7 +20,7 @@ constexpr int64_t kEntries = 64;   // entries that share a magnitude, where only
 
 constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
 
-constexpr int64_t kTile = 2048;   // elements that are worked on in the first-level cache
+constexpr int64_t kTile = 2048;   // elements that stay in the first-level cache
 constexpr int64_t kAheadOfEntries = 32;
 
 inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(chunk); }
@@ -33,7 +33,7 @@ inline Half half_of(float v) {
     return h;
 }
 
-// Where a run's entries lie in a chunk: how many entries are before them, and bytes of each part (kernels/formats.py).
+// Where the entries of a run begin in a chunk: entries before them, and bytes in each part (kernels/formats.py).
 struct Place {
     int64_t entries = 0, scales = 0, upper = 0, low = 0;
 };
@@ -43,7 +43,7 @@ inline int64_t upper_bytes(const TopK& format, int64_t numel, int64_t entries) {
     const int64_t rows = ceil_div(numel, int64_t(1) << format.low_bits);
     return ceil_div(rows + (format.low_bits ? entries : 0), 8);
 }
-// From one run to the next.
+// Moves on to the next run.
 inline void advance(const TopK& format, int64_t numel, int64_t entries, Place& at) {
     at.entries += entries;
     at.scales += ceil_div(entries, kEntries) * int64_t(sizeof(BFloat16));
@@ -51,7 +51,7 @@ inline void advance(const TopK& format, int64_t numel, int64_t entries, Place& a
     at.low += ceil_div(entries * width(format), 8);
 }
 
-// Fields of so many bits, one after the other from the lowest bit of a byte on.
+// Writes fields of equal width, packed from the lowest bit of a byte on.
 class FieldWriter {
 public:
     FieldWriter(uint8_t* to, int width) : to_(to), width_(width) {}
@@ -74,7 +74,7 @@ private:
     int bits_ = 0;
 };
 
-// It reads up to kReadAhead bytes more than there are fields.
+// Reads such fields. It accesses up to 8 bytes past the last one.
 class FieldReader {
 public:
     FieldReader(const uint8_t* from, int width) : from_(from), width_(width), mask_((1u << width) - 1) {}
@@ -93,8 +93,8 @@ private:
     int64_t bit_ = 0;
 };
 
-// visit(entry, offset, sign bit of a float) for the entries of a run. Returns how many there are: of a corrupted payload not
-// `count`, of which it visits no more, at offsets that may be anything up to twice a run.
+// Calls visit(entry, offset, sign bit of a float) for at most `count` entries of a run, and returns how many there are. In a
+// corrupted payload these may be more or fewer, at any offsets up to twice the length of a run.
 template <class Visit>
 inline int64_t read_offsets(const TopK& format, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
                             const Visit& visit) {
@@ -118,7 +118,7 @@ inline int64_t read_offsets(const TopK& format, const uint8_t* chunk, const Plac
     return entry;
 }
 
-// The entries of a sound run.
+// Reads the entries of a run that has been checked.
 inline void read_run(const TopK& format, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
                      uint16_t* offsets, float* values) {
     const auto* scales = reinterpret_cast<const BFloat16*>(chunk + format.scales_at + at.scales);
@@ -132,7 +132,7 @@ inline void read_run(const TopK& format, const uint8_t* chunk, const Place& at, 
         case Values::fp32: std::memcpy(values, full, size_t(count) * sizeof(float)); break;
         case Values::fp16: for (int64_t i = 0; i < count; i++) values[i] = to_float(half[i]); break;
         case Values::sign:
-            for (int64_t i = 0; i < count; i += kEntries) {  // without a branch: signs cannot be predicted
+            for (int64_t i = 0; i < count; i += kEntries) {  // branch-free, since signs are unpredictable
                 const uint32_t scale = bits_of(to_float(scales[i / kEntries]));
                 for (int64_t j = i; j < std::min(i + kEntries, count); j++) values[j] = float_of(scale ^ bits_of(values[j]));
             }
@@ -153,26 +153,26 @@ inline std::vector<Place> places(const TopK& format, const Layout& layout, const
 
 struct Candidate { uint32_t position; float value; };  // position within the shard
 
-// What one thread has found in its part of a shard, and its share of the common selection.
+// The candidates that one thread finds in its part of a shard, and its share of the selection.
 struct Finder {
-    // Ascending. Error and velocity already hold what is left once they are sent, but for the error of signs, whose
-    // magnitude is not known yet.
+    // In ascending order. Error and velocity already hold the values they have after sending, except for the error of signs,
+    // whose magnitude is not known yet.
     std::unique_ptr<Candidate[]> candidates;
-    std::unique_ptr<float[]> velocities;  // as they are where it is not sent
+    std::unique_ptr<float[]> velocities;  // of the candidates, to be restored if they are not sent
     int64_t count = 0, room = 0;
-    bool piled_up = false;             // more candidates than there is room for
+    bool overflowed = false;           // more candidates than there is room for
     std::vector<uint32_t> not_finite;  // ascending, at most k + 1
     std::vector<uint32_t> histogram = std::vector<uint32_t>(2048);
     int64_t above = 0, equal = 0;      // how many exceed, how many equal the k-th largest magnitude
 
     void start(int64_t limit, bool has_velocity) {
         if (limit > room) {
-            candidates.reset(new Candidate[size_t(limit)]);  // not initialized: what is not needed is never touched
+            candidates.reset(new Candidate[size_t(limit)]);  // uninitialized, so that unused pages are never touched
             if (has_velocity) velocities.reset(new float[size_t(limit)]);
             room = limit;
         }
         count = 0;
-        piled_up = false;
+        overflowed = false;
         not_finite.clear();
     }
 };
@@ -194,13 +194,13 @@ public:
         collect(mine, begin(t), begin(t + 1));
         barrier_.wait();
         const bool finite = !any([](const Finder& f) { return !f.not_finite.empty(); });
-        const bool guessed = found() >= need_ && !any([](const Finder& f) { return f.piled_up; });
+        const bool guessed = found() >= need_ && !any([](const Finder& f) { return f.overflowed; });
         if (t == 0) {
             low_ = guessed ? threshold_ : 0;
             high_ = kMaxFinite + 1;
             remaining_ = need_;
         }
-        barrier_.wait();  // all have read what all have found
+        barrier_.wait();  // every thread has read the other threads' results
         if (finite && guessed) {
             const int64_t count = mine.count;
             select(t, false, [&](const auto& visit) {
@@ -218,7 +218,7 @@ public:
 private:
     int64_t runs() const { return ceil_div(layout_.shard_numel, kRun); }
     int64_t first_run(int t) const { return runs() * t / threads_; }
-    int64_t begin(int t) const {  // of a thread's part: whole runs, so that no byte has two writers
+    int64_t begin(int t) const {  // of a thread's part, in whole runs, so that no two threads write one byte
         return base_ + std::min(first_run(t) * kRun, layout_.shard_numel);
     }
     float value(int64_t tensor, int64_t element, int64_t position) const {
@@ -248,7 +248,7 @@ private:
         threshold_ = guess_threshold(real);
     }
 
-    // The magnitude that a little more than the k largest should reach, from lines of 16 neighbours spread evenly.
+    // Estimates the magnitude that slightly more than k elements reach, from evenly spaced groups of 16 neighbours.
     uint32_t guess_threshold(int64_t real) {
         const int64_t lines = std::max<int64_t>(real / 16, 1), wanted = std::clamp<int64_t>(real / 512, 1024, 16384) / 16;
         const int64_t step = std::max<int64_t>(lines / wanted, 1);
@@ -269,7 +269,8 @@ private:
         return std::clamp(sample_[size_t(rank)], 1u, kMaxFinite - 1);  // zeros are never candidates
     }
 
-    // The dense pass, tile by tile: v over the error, and the hits while the tile is still in the first-level cache.
+    // The dense pass, tile by tile: stores v in place of the error, and collects candidates while the tile is still in the
+    // first-level cache.
     void collect(Finder& mine, int64_t from, int64_t to) {
         mine.start(limit_, velocity_ != nullptr);
         for_range(layout_, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
@@ -323,8 +324,8 @@ private:
         if (i < count)
             n = add_places(take_singly<HasGradient, HasError, HasVelocity>(mine, g, e, u, i, count, in_shard), i, found, n);
 
-        if (mine.count + n > limit_) mine.piled_up = true;
-        if (mine.piled_up) return;
+        if (mine.count + n > limit_) mine.overflowed = true;
+        if (mine.overflowed) return;
         Candidate* next = mine.candidates.get() + mine.count;
         for (int64_t c = 0; c < n; c++) {
             const float v = HasError ? e[found[c]] : to_float(g[found[c]]) + 0.f;
@@ -338,7 +339,7 @@ private:
         mine.count += n;
     }
 
-    // Appends the places of the set bits. Four at a time, whether they are there or not: faster than guessing how many.
+    // Appends the positions of the set bits, always in groups of four: faster than a branch on their number.
     static int64_t add_places(uint64_t bits, int64_t first, uint16_t* places, int64_t n) {
         const int64_t end = n + __builtin_popcountll(bits);
         do
@@ -348,7 +349,7 @@ private:
         return end;
     }
 
-    // At most 64 values, some of which may not be finite: those are put aside, and their error stays as it was.
+    // Handles up to 64 values one by one. Those that are not finite are recorded, and their error stays as it was.
     template <bool HasGradient, bool HasError, bool HasVelocity>
     uint64_t take_singly(Finder& mine, const G* g, float* e, float* u, int64_t from, int64_t to, uint32_t in_shard) {
         uint64_t hits = 0;
@@ -357,7 +358,7 @@ private:
             if (HasVelocity) w = momentum_ * u[j] + w;
             const float v = HasGradient ? w + (HasError ? e[j] : 0.f) : e[j];
             if (magnitude(v) > kMaxFinite) {
-                // One more than can be sent is enough to know.
+                // More than k + 1 of them make no difference.
                 if (int64_t(mine.not_finite.size()) <= format_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
                 continue;
             }
@@ -368,11 +369,11 @@ private:
         return hits;
     }
 
-    // Once v is sent, unless as a sign.
+    // The error once v is sent, unless as a sign.
     float left_over(float v) const { return format_.values == Values::fp16 ? v - to_float(half_of(v)) : 0.f; }
 
-    // A shard with values that are not finite sends those and nothing else: its finite values wait in the error. Where
-    // there are more than k of them, the whole shard travels as not finite.
+    // A shard with non-finite values sends those alone; its finite values remain in the error. If there are more than k of
+    // them, the whole shard is sent as NaN.
     void send_not_finite() {
         std::vector<Candidate> entries;
         for (const Finder& f : finders_)
@@ -383,7 +384,7 @@ private:
         if (all) counts_in(chunk_)[0] = kAllNotFinite;
     }
 
-    // Gives the candidates back to error and velocity.
+    // Restores error and velocity of all candidates.
     void restore_all(Finder& mine) {
         for (int64_t c = 0; c < mine.count; c++) restore(mine, c);
         mine.count = 0;
@@ -394,22 +395,22 @@ private:
         if (velocity_) velocity_[position] = mine.velocities[size_t(c)];
     }
 
-    // Writes entries of some runs, in ascending order. settle(entry, what arrives of it) is told of each.
-    template <class Settle>
+    // Writes the entries of some runs, in ascending order, and calls on_entry(entry, value that readers will see) for each.
+    template <class OnEntry>
     void write_runs(int64_t run, int64_t last_run, Place at, const Candidate* entry, const Candidate* end,
-                    const Settle& settle) {
+                    const OnEntry& on_entry) {
         for (; run < last_run; run++) {
             const Candidate* next = entry;
             while (next < end && next->position < (run + 1) * kRun) next++;
             counts_in(chunk_)[run] = uint32_t(next - entry);
-            write_run(at, run_numel(layout_, run), entry, next - entry, settle);
+            write_run(at, run_numel(layout_, run), entry, next - entry, on_entry);
             advance(format_, run_numel(layout_, run), next - entry, at);
             entry = next;
         }
     }
 
-    template <class Settle>
-    void write_run(const Place& at, int64_t run_numel, const Candidate* entry, int64_t count, const Settle& settle) {
+    template <class OnEntry>
+    void write_run(const Place& at, int64_t run_numel, const Candidate* entry, int64_t count, const OnEntry& on_entry) {
         const int b = format_.low_bits, bits = width(format_);
         uint8_t* upper = chunk_ + format_.upper_at + at.upper;
         FieldWriter low(chunk_ + format_.low_at + at.low, bits);
@@ -443,7 +444,7 @@ private:
                 full[i] = v;
             }
             if (bits) low.put((offset & ((1u << b) - 1)) | (bits > b ? bits_of(v) >> 31 << b : 0));
-            settle(entry[i], arrives);
+            on_entry(entry[i], arrives);
         }
         if (!count) return;
         low.finish();
@@ -461,7 +462,7 @@ private:
         return mean > largest ? largest : mean;
     }
 
-    // visit(position in the shard, value) for all values: the error holds them by now, where there is one.
+    // Calls visit(position in the shard, value) for all values, which the error holds by now, if there is one.
     template <class Visit> void each_value(int64_t from, int64_t to, const Visit& visit) const {
         for_range(layout_, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
             for (int64_t j = 0; j < count; j++)
@@ -469,15 +470,15 @@ private:
         });
     }
 
-    // Finds the need_-th largest magnitude by narrowing the interval low_ .. high_ that it lies in, at most 2048 bins at a
-    // time, and sends the entries in ascending order. values(visit) goes through this thread's part, in order; they lie
-    // in the error where `in_error`, else the error holds what is left once they are sent.
+    // Finds the need_-th largest magnitude by narrowing the interval low_ .. high_ that contains it, at most 2048 bins at a
+    // time, and sends the entries in ascending order. values(visit) iterates over this thread's part, in order. If `in_error`,
+    // the error holds the values, otherwise what remains of them after sending.
     template <class EachValue> void select(int t, bool in_error, const EachValue& values) {
         Finder& mine = finders_[size_t(t)];
         mine.above = 0;
         for (bool first = true; high_ - low_ > 1; first = false) {
             std::fill(mine.histogram.begin(), mine.histogram.end(), 0);
-            // The first bins are an octave's, over which candidates spread; what exceeds it shares the last bin.
+            // The first bins cover one octave, in which most candidates lie. Everything above it shares the last bin.
             const uint32_t low = low_, octave = first && !in_error ? std::min(high_ - low, 1u << 23) : high_ - low;
             const int shift = std::max(0, 32 - __builtin_clz(octave - 1) - 11);
             const uint32_t inside = high_ - low, last = (octave - 1) >> shift;
@@ -504,7 +505,7 @@ private:
         }
         barrier_.wait();
         const uint32_t least = low_;
-        // Before this thread's part: entries sent, ties still to give. A zero is not sent: as a sign it would not stay one.
+        // Entries sent before this thread's part, and ties that remain. Zeros are not sent: a sign would not preserve them.
         int64_t entry = 0, ties = least ? remaining_ : 0;
         for (int other = 0; other < t; other++) {
             const Finder& f = finders_[size_t(other)];
@@ -512,7 +513,7 @@ private:
             entry += f.above + given;
             ties -= given;
         }
-        // The entries to be sent, over the candidates they are picked from.
+        // The entries to be sent overwrite the candidates from which they are chosen.
         const int64_t most = need_ - entry;
         int64_t sent = 0, seen = 0;
         values([&](uint32_t position, float v) {
@@ -528,14 +529,14 @@ private:
         barrier_.wait();  // each thread needs to know where its runs begin
         Place at;
         for (int64_t run = 0; run < first_run(t); run++) advance(format_, run_numel(layout_, run), counts[run], at);
-        const bool settle_error = error_ && (in_error || format_.values == Values::sign);
-        const bool settle_velocity = velocity_ && in_error;
+        const bool write_error = error_ && (in_error || format_.values == Values::sign);
+        const bool clear_velocity = velocity_ && in_error;
         write_runs(first_run(t), first_run(t + 1), at, begin, end, [&](const Candidate& c, float arrives) {
-            if (settle_error) {
+            if (write_error) {
                 if (end - &c > kAheadOfEntries) prefetch(error_ + base_ + (&c + kAheadOfEntries)->position);
                 error_[base_ + c.position] = c.value - arrives;
             }
-            if (settle_velocity) velocity_[base_ + c.position] = 0.f;
+            if (clear_velocity) velocity_[base_ + c.position] = 0.f;
         });
     }
 
@@ -549,7 +550,7 @@ private:
     Barrier barrier_;
     std::vector<Finder> finders_;
     std::vector<uint32_t> sample_;
-    // of the shard at hand
+    // of the current shard
     int64_t base_ = 0, need_ = 0, limit_ = 0, remaining_ = 0;
     uint8_t* chunk_ = nullptr;
     uint32_t threshold_ = 0, low_ = 0, high_ = 0, bin_ = 0;
@@ -581,7 +582,7 @@ void scatter(const TopK& format, const Layout& layout, const uint8_t* chunks, vo
     const std::vector<Place> begins = places(format, layout, chunks);
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
-        std::vector<G> tile(size_t(kTile), G{});  // zeros, but for the entries at hand
+        std::vector<G> tile(size_t(kTile), G{});  // zeros, except for the current entries
         std::vector<uint16_t> offsets(size_t(std::min(format.k, kRun)));
         std::vector<float> values(offsets.size());
         for (int64_t at = total * t / threads; at < total * (t + 1) / threads; at++) {
@@ -649,7 +650,7 @@ inline int64_t most_values(const TopK& format, const Layout& layout) {
     return format.values == Values::sign ? ceil_div(format.k, kEntries) + ceil_div(layout.shard_numel, kRun) : format.k;
 }
 
-// call(type), where type is a null pointer of the type that values, or magnitudes, travel as
+// Calls call(type), where type is a null pointer to the type of the values, or magnitudes, in a chunk.
 template <class Call> auto with_value_type(const TopK& format, const Call& call) {
     switch (format.values) {
         case Values::fp32: return call(static_cast<const float*>(nullptr));

@@ -1,6 +1,6 @@
-// What all kernels share. There are no headers, since NVRTC has none: ds_horovod/kernels/launch.py puts csrc/shared/*.h and this
-// file before each family's. Each struct that a kernel takes by value has its twin there or in ds_horovod/kernels/cuda.py,
-// field by field.
+// What all kernels share. Nothing is included, since NVRTC has no headers: ds_horovod/kernels/launch.py puts csrc/shared/*.h
+// and this file before the file of a family. Each struct that a kernel takes by value has its twin there or in
+// ds_horovod/kernels/cuda.py, field by field.
 //
 // Every result equals csrc/cpu's bit for bit: float32 throughout, no fused multiply-add, denormals are zero, sums in the
 // order of csrc/cpu/sums.h.
@@ -134,7 +134,7 @@ template <class Call> __device__ inline void with_element_type(i64 dtype, const 
     }
 }
 
-// What v is made of, from some element on: gradient, error and velocity; or a server's total, or its error, alone.
+// The terms of v from some element on: gradient, error and velocity, or a server's total or error alone.
 template <class G> struct Terms {
     const G* g;
     const float *e, *u;

@@ -1,9 +1,9 @@
-// Element by element: all of them as floats of 16 or 32 bits, or a few at positions that all ranks draw alike. Four neighbours
-// a thread, whose gradients and errors are one access each.
+// Element-wise formats: all elements as floats of 16 or 32 bits (Cast), or a few of them at random positions that all ranks
+// draw alike (RandomK). A thread handles four neighbours, with one access each for their gradients and errors.
 
-// ---- all of them
+// ---- Cast
 //
-// Bytes an element, values of b bytes, with an error: encode 12 + b, decode 4 + b, server of n workers 8 + (n + 1) b.
+// Bytes per element for values of b bytes, with an error: encode 12 + b, decode 4 + b, server of n workers 8 + (n + 1) b.
 
 struct Cast {
     i64 dtype;  // of what travels
@@ -18,7 +18,7 @@ template <class T> __device__ inline const T* values_in(T* type, const u8* chunk
     return reinterpret_cast<const T*>(chunks + chunk * chunk_bytes);
 }
 
-// Writes new values of some neighbours where they are to change, all at once where they all are.
+// Stores the new values of those neighbours that change, in one access if all do.
 __device__ inline void store_where(const bool change[4], float* p, int count, const float x[4]) {
     if (change[0] && change[1] && change[2] && change[3]) return store(p, count, x);
 #pragma unroll
@@ -26,7 +26,7 @@ __device__ inline void store_where(const bool change[4], float* p, int count, co
         if (j < count && change[j]) p[j] = x[j];
 }
 
-// Sends v, which is finite or travels as NaN; keeps what is left where it is.
+// Sends v, or NaN where v is not finite, and updates error and velocity where it is finite.
 template <class H>
 __device__ inline void cast_values(const float v[4], const float velocity[4], int count, H* out, float* error,
                                    float* new_velocity) {
@@ -71,7 +71,7 @@ cast_decode(Cast format, Layout layout, const u8* chunks, Tensors gradients) {
     with_element_type(gradients.dtype, [&](auto* type) { store(element(type, gradients, at.place), at.count, v); });
 }
 
-// v += weight * what each worker has sent, one after the other
+// v += weight * the values of each worker, one worker after the other
 __device__ inline void add_casts(const Cast& format, const u8* pushed, i64 workers, float weight, const Quad& at, float v[4]) {
     with_element_type(format.dtype, [&](auto* type) {
         for (i64 w = 0; w < workers; w++) {
@@ -139,13 +139,13 @@ cast_rollback(Cast format, Layout layout, const u8* chunks, const u32* mask, Ten
     });
 }
 
-// ---- a few, at random
+// ---- RandomK
 //
-// A shard is divided into k equal strata, and in each one position is drawn. Threads take four strata, which share the words of
-// one counter. Bytes an element, with an error: encode 12.25 (a bit, kept in a byte, for what is not finite), decode 4; the
-// server touches nothing but what was drawn.
+// A shard is divided into k equal strata, with one position drawn in each. A thread handles four strata, which share the words
+// of one counter. Bytes per element, with an error: encode 12.25 (a bit, stored in a byte, marks what is not finite), decode 4.
+// The server accesses only the elements drawn.
 
-constexpr u32 kDrawing = 0x72616e64u;  // sets the key apart from what rounds with the same seed
+constexpr u32 kDrawing = 0x72616e64u;  // distinguishes the key from that of stochastic rounding with the same seed
 constexpr u32 kAllNotFinite = 0xffffffffu;
 
 struct RandomK {
@@ -162,7 +162,7 @@ struct Header {
 __device__ inline const Header& header_in(const RandomK& format, const u8* chunks, i64 chunk) {
     return *reinterpret_cast<const Header*>(chunks + chunk * format.chunk_bytes);
 }
-// A shard that is not finite, or a chunk that no encoder writes, counts as NaN.
+// A shard that is not finite, or a chunk that no encoder writes, is decoded to NaN.
 __device__ inline bool is_sound(const RandomK& format, const Header& header) { return header.k == u32(format.k); }
 
 __device__ inline i64 stratum_at(const RandomK& format, const Layout& layout, i64 stratum) {
@@ -183,7 +183,7 @@ struct Draws {
     }
 };
 
-// call(stratum, position in the shard, place) for what this thread draws in the shard blockIdx.y, unless it is padding.
+// Calls call(stratum, position in the shard, place) for what this thread draws in the shard blockIdx.y, padding left out.
 template <class Call>
 __device__ inline void for_drawn(const RandomK& format, const Layout& layout, const Header& header, const Call& call) {
     const i64 row = i64(blockIdx.x) * kThreads + threadIdx.x;
@@ -204,7 +204,7 @@ __device__ inline float sent_value(const RandomK& format, const u8* chunks, i64 
     if (format.half) return to_float(reinterpret_cast<const Half*>(values)[stratum]);
     return reinterpret_cast<const float*>(values)[stratum];
 }
-// Returns what arrives.
+// Returns the value that readers will see.
 __device__ inline float send_value(const RandomK& format, u8* chunks, i64 chunk, i64 stratum, float v) {
     u8* values = chunks + chunk * format.chunk_bytes + sizeof(Header);
     if (!format.half) return reinterpret_cast<float*>(values)[stratum] = v;
@@ -212,7 +212,7 @@ __device__ inline float send_value(const RandomK& format, u8* chunks, i64 chunk,
     from_float(v, half);
     return to_float(*half);
 }
-// What goes in front of the values; by one thread a shard, once it is known whether the shard is finite.
+// Writes the header of a chunk. One thread for each shard calls it, once it is known whether the shard is finite.
 __device__ inline void send_header(const RandomK& format, Header header, u8* chunks, i64 chunk) {
     Header* out = reinterpret_cast<Header*>(chunks + chunk * format.chunk_bytes);
     const bool finite = out->k != kAllNotFinite;
@@ -223,10 +223,10 @@ __device__ inline void send_header(const RandomK& format, Header header, u8* chu
     else send_value(format, chunks, chunk, 0, float_of(kNaN));
 }
 
-// v takes the place of the error where it is finite; where not, its shard is marked by its k. A server's total stays where it
-// is, and so does its error.
+// Stores v in place of the error where it is finite, and marks a shard that is not finite by its k. A server's total and error
+// stay as they are.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-random_k_collect(RandomK format, Layout layout, Tensors gradients, FeedbackState state, u8* odd, u8* chunks) {
+random_k_collect(RandomK format, Layout layout, Tensors gradients, FeedbackState state, u8* nonfinite, u8* chunks) {
     const Quad at(layout);
     if (!at.count) return;
     with_element_type(gradients.dtype, [&](auto* type) {
@@ -240,7 +240,7 @@ random_k_collect(RandomK format, Layout layout, Tensors gradients, FeedbackState
             finite[j] = is_finite(v[j]);
             if (j < at.count && !finite[j]) not_finite |= 1u << j;
         }
-        if (odd) odd[at.position / 4] = u8(not_finite);
+        if (nonfinite) nonfinite[at.position / 4] = u8(not_finite);
         if (not_finite) reinterpret_cast<Header*>(chunks + blockIdx.y * format.chunk_bytes)->k = kAllNotFinite;
         if (!terms.g) return;
         if (state.error) store_where(finite, state.error + at.position, at.count, v);
@@ -248,10 +248,10 @@ random_k_collect(RandomK format, Layout layout, Tensors gradients, FeedbackState
     });
 }
 
-// What is left to do with all elements: a server's total takes the place of its error, unless the shard is not finite; then a
-// worker takes its step back, up to rounding, but for elements that it has not taken.
+// Completes the dense pass. In a finite shard, a server's total is copied over its error. In any other shard, a worker rolls
+// the pass back, up to rounding, except for the elements that it has not changed.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-random_k_settle(RandomK format, Layout layout, Tensors gradients, FeedbackState state, const u8* odd, const u8* chunks) {
+random_k_finish(RandomK format, Layout layout, Tensors gradients, FeedbackState state, const u8* nonfinite, const u8* chunks) {
     const bool finite = header_in(format, chunks, blockIdx.y).k != kAllNotFinite;
     if (!state.error || finite != (state.total != nullptr)) return;
     const Quad at(layout);
@@ -267,7 +267,7 @@ random_k_settle(RandomK format, Layout layout, Tensors gradients, FeedbackState 
         const auto* g = element(type, gradients, at.place);
         float* u = state.velocity ? state.velocity + at.position : nullptr;
         for (int j = 0; j < at.count; j++) {
-            if (odd[at.position / 4] >> j & 1) continue;
+            if (nonfinite[at.position / 4] >> j & 1) continue;
             const float own = to_float(g[j]);
             e[j] -= u ? u[j] : own;
             if (u) u[j] = (u[j] - own) / state.momentum;
@@ -294,13 +294,13 @@ random_k_send(RandomK format, Layout layout, Header first, Tensors gradients, Fe
     if (blockIdx.x == 0 && threadIdx.x == 0) send_header(format, header, chunks, blockIdx.y);
 }
 
-// v = error + weight * what each worker has sent, one after the other, at a position that is drawn.
+// v = error + weight * the values of each worker, one worker after the other, at a position drawn.
 __device__ inline float drawn_sum(const RandomK& format, const u8* pushed, i64 workers, float weight, float v, i64 stratum) {
     for (i64 w = 0; w < workers; w++) v = v + sent_value(format, pushed, w, stratum) * weight;
     return v;
 }
 
-// Of workers that have drawn as the server does: others count as not finite.
+// Whether the sum is finite. A worker that has drawn other positions than the server makes it not finite.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 random_k_serve_check(RandomK format, Layout layout, Header header, const u8* pushed, i64 workers, float weight,
                      const float* error, u8* chunk) {
@@ -328,7 +328,7 @@ random_k_serve(RandomK format, Layout layout, Header header, const u8* pushed, i
     if (blockIdx.x == 0 && threadIdx.x == 0) send_header(format, header, chunk, 0);
 }
 
-// Zeros, or NaN where the shard is not finite; then what was drawn.
+// Decoding first fills a shard with zeros, or with NaN if it is not finite, and then scatters the elements drawn.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 random_k_fill(RandomK format, Layout layout, const u8* chunks, Tensors gradients) {
     const Quad at(layout);
@@ -385,7 +385,7 @@ random_k_rollback(RandomK format, Layout layout, const u8* chunks, const u32* ma
             const i64 inside = row.inside + j;
             const i64 stratum = i64((u64(inside + 1) * u64(format.k) - 1) / u64(layout.shard_numel));  // in which it lies
             const Draws draws(format, header, stratum / 4);
-            // Chosen among registers: an index would put the words into memory.
+            // Selected among registers: indexing would move the words to memory.
             const u32* words = draws.words;
             const u32 word = stratum & 2 ? (stratum & 1 ? words[3] : words[2]) : stratum & 1 ? words[1] : words[0];
             if (draws.position(format, layout, stratum, word) != inside) return 0.f;

@@ -1,4 +1,4 @@
-"""What a compressor is, and the passes of the exchange derived from it."""
+"""The interface of a compressor, and the passes of the exchange that follow from it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ LARGEST = torch.finfo(torch.float32).max
 class Compressor(ABC):
     """Q in ``v -> Q[v]``: any map from float32 values to a payload of fixed size and back, biased or not.
 
-    Write your own with three methods: `payload_nbytes`, `compress` and `decompress`. The passes over a bucket
-    (`encode`, `decode`, `accumulate`, `serve`) are derived from them, correctly if not fast; a compressor with fused
-    kernels overrides the passes instead. All ranks must hold equal compressors: ``repr`` is what they compare.
+    Write your own with three methods: `payload_nbytes`, `compress` and `decompress`. The passes over a bucket (`encode`,
+    `decode`, `accumulate`, `serve`) are derived from them, and are correct, but not fast. A compressor with fused kernels
+    overrides the passes instead. All ranks must use equal compressors; they compare them by ``repr``.
     """
 
     block: int = 32
-    """Elements: every parameter starts at a multiple of it within its bucket. A multiple of 32."""
+    """Every parameter starts at a multiple of so many elements within its bucket. A multiple of 32."""
 
     sparse: bool = False
-    """Whether Q sends some elements and leaves the others out, as zeros: what momentum correction needs, which makes the
-    velocity zero where something was sent."""
+    """Whether Q sends some elements and makes the others zero. Momentum correction requires it, since it clears the velocity
+    of the elements that were sent."""
 
     @abstractmethod
     def payload_nbytes(self, numel: int) -> int:
-        """Bytes that `compress` makes of `numel` values: a pure function, not falling as `numel` grows."""
+        """Bytes that `compress` makes of `numel` values: a pure function that never decreases as `numel` grows."""
 
     @abstractmethod
     def compress(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every element, rounded to 16 bits."""
+"""Rounding to 16-bit floats."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _DTYPES = ("fp16", "bf16")
 
 @dataclass(frozen=True)
 class Cast(FusedCompressor):
-    """Q[v] = v rounded to the nearest 16-bit float, half of the bytes of float32.
+    """Q[v] = v rounded to the nearest 16-bit float, which halves the bytes of float32.
 
-    What rounding takes away stays in the error. So does what lies beyond the largest 16-bit float, which travels in its
-    place: finite values never become infinite. What is not finite travels as NaN, element by element.
+    The error keeps what rounding removes. Values beyond the largest 16-bit float are clipped to it, so that finite values
+    never become infinite, and the error keeps the excess. Elements that are not finite are sent as NaN.
 
     Parameters
     ----------
     dtype
-        "fp16": 11 significant bits, up to 65504, nothing under 3e-8. "bf16": 8 of them, over the range of float32.
+        "fp16": 11 significant bits, magnitudes from 3e-8 to 65504. "bf16": 8 significant bits, the range of float32.
 
     Raises
     ------

@@ -13,8 +13,8 @@ from .base import FusedCompressor
 class NoCompression(FusedCompressor):
     """Q[v] = v as float32, so that nothing is left for the error.
 
-    As the server's compressor it makes the exchange one-way: error feedback for the workers alone (MEM-SGD). What is not
-    finite travels as NaN, element by element.
+    As the server's compressor it makes the exchange one-way, with error feedback for the workers alone (MEM-SGD). Elements
+    that are not finite are sent as NaN.
     """
 
     family = "cast"

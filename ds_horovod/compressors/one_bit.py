@@ -1,4 +1,4 @@
-"""One bit an element: signs, and a scale for each block, parameter or bucket."""
+"""One bit per element: signs, and a scale for each block, parameter or bucket."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _GRANULARITIES = ("block", "parameter", "bucket")
 class OneBit(FusedCompressor):
     """Q[v] = scale * sign(v), with 32 times fewer bytes than float32.
 
-    A block of zeros has scale 0 and stays zero, but a zero beside others does not: rows of an embedding that share a scale with
-    rows that have gradients move a little in every step. A scale that is not finite (from NaN, infinity or overflow) makes its
-    whole block, parameter or bucket NaN on every rank.
+    A block of zeros has scale 0 and remains zero, but a single zero does not: embedding rows that share a scale with rows that
+    have gradients move a little in every step. If a scale is not finite (because of NaN, infinity or overflow), its whole
+    block, parameter or bucket becomes NaN on every rank.
 
     Parameters
     ----------
     block
-        Elements that share a scale, a positive multiple of 32. Smaller: closer to the gradient, 32 / block more bits an
-        element.
+        Elements that share a scale, a positive multiple of 32. Smaller blocks follow the gradient more closely, and cost
+        32 / block more bits per element.
     scale
         "l1": mean |v|, the least-squares scale, always a contraction. "l2": ||v||_2 / sqrt(count), the paper's
         (Tang et al. 2019, section 5), which keeps the norm but is no contraction for heavy tails.
     granularity
-        What a scale is shared by: "block", "parameter" or "bucket". A scale never crosses a shard, which with
-        ``server=RANK`` is the whole bucket. The latter two take two passes over the memory instead of one.
+        What shares a scale: "block", "parameter" or "bucket". A scale never spans two shards; with ``server=RANK`` the shard
+        is the whole bucket. The latter two read the memory twice instead of once.
 
     Raises
     ------

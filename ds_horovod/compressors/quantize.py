@@ -40,23 +40,23 @@ class _Levels(FusedCompressor):
 
 @dataclass(frozen=True)
 class Quantize(_Levels):
-    """Q[v] = the nearest of 2**bits - 1 levels from -scale to scale, zero among them.
+    """Q[v] = the nearest of 2**bits - 1 levels from -scale to scale, including zero.
 
     A block whose scale is not finite becomes NaN on every rank.
 
     Parameters
     ----------
     bits
-        2, 3, 4 or 8, of each element.
+        Bits per element: 2, 3, 4 or 8.
     block
-        Elements that share a scale, a positive multiple of 32: 32 / block more bits an element.
+        Elements that share a scale, a positive multiple of 32. Scales cost 32 / block more bits per element.
     rounding
-        "nearest", or "stochastic": up or down at random, so that it is right on average (QSGD, Alistarh et al. 2017,
-        arXiv 1610.02132). Every rank and server rounds by random numbers of its own.
+        "nearest", or "stochastic": up or down at random, which is unbiased (QSGD, Alistarh et al. 2017, arXiv 1610.02132).
+        Every rank and server uses its own random numbers.
     scale
-        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD; with "stochastic" only.
+        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD, with stochastic rounding only.
     seed
-        Of the random numbers: the same seed and gradients give the same payloads.
+        Selects the random numbers: the same seed and gradients give the same payloads.
 
     Raises
     ------
@@ -77,7 +77,7 @@ class Quantize(_Levels):
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
-        """With 2 bits, half of the range is zero; with more, nearly everything is sent."""
+        """With 2 bits, half of the range becomes zero; with more bits, nearly every element is sent."""
         return self.bits == 2
 
 
@@ -85,8 +85,8 @@ class Quantize(_Levels):
 class Ternary(_Levels):
     """Q[v] = -scale, 0 or scale, whichever is nearest: five elements in a byte, 1.6 bits each.
 
-    The values of ``Quantize(bits=2)``. The parameters are those of `Quantize`, where they are explained; a block is packed
-    into whole bytes.
+    The levels of ``Quantize(bits=2)``, and the parameters of `Quantize`, where they are explained. Each block is packed into
+    whole bytes.
 
     Raises
     ------

@@ -17,20 +17,20 @@ _VALUE_NBYTES = {"fp32": 4, "fp16": 2}
 class RandomK(FusedCompressor):
     """Q[v] keeps k elements of v at random positions and makes the rest zero.
 
-    A shard is divided into k equal strata, and in each one position is drawn anew in every step. All ranks and the server
-    draw the same, so no positions travel, and the sum of what arrives has no more elements than each of its terms. Values
-    are not scaled up by 1 / ratio: Q is biased, a contraction by 1 - ratio on average, and error feedback makes up for it.
+    Each shard is divided into k equal strata, and every step draws a new position in each of them. All ranks and the server
+    draw the same positions, which therefore need not be sent, and the sum of several payloads has no more elements than one.
+    Values are not scaled by 1 / ratio: Q is biased, on average a contraction by 1 - ratio, and error feedback compensates.
 
-    Where v is not finite, its shard travels as NaN altogether, and takes its step back.
+    A shard of v with non-finite values is sent as NaN, and its error and velocity keep what they held, up to rounding.
 
     Parameters
     ----------
     ratio
-        Share of the elements that is sent, over 0 and at most 1.
+        Fraction of the elements that is sent, greater than 0 and at most 1.
     values
-        How they travel: "fp32" or "fp16". What that takes away stays in the error.
+        Precision of the values: "fp32" or "fp16". Rounding goes to the error.
     seed
-        Of the positions: the same seed, step and bucket draw the same ones.
+        Selects the positions: the same seed, step and bucket draw the same ones.
 
     Raises
     ------

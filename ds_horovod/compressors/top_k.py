@@ -17,21 +17,21 @@ _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 class TopK(FusedCompressor):
     """Q[v] keeps the largest magnitudes of v and makes the rest zero.
 
-    The selection runs over a whole shard (a bucket's n-th part, or the bucket with ``server=RANK``), is exact, and gives
-    ties to the lowest index. Zeros stay zeros: where fewer are not, fewer are sent. Where v is not finite, its shard
-    sends those elements as NaN and nothing else (all as NaN, where they are more than it may send); the others wait in
-    the error.
+    The selection covers a whole shard (1 / n of a bucket, or the bucket with ``server=RANK``). It is exact, and resolves ties
+    in favour of the lowest index. Zeros are never sent, so a shard with fewer nonzero elements sends fewer. A shard with
+    non-finite elements sends those alone, as NaN, and the other elements remain in the error; if they exceed what it may
+    send, the whole shard is sent as NaN.
 
     Parameters
     ----------
     ratio
-        Share of the elements that is kept, over 0 and at most 1. Default 0.01.
+        Fraction of the elements that is kept, greater than 0 and at most 1. Default 0.01.
     k
-        Elements that are kept of each shard, instead of a ratio.
+        Number of elements kept in each shard, instead of a ratio.
     values
-        How an element that is sent travels: "fp32"; "fp16"; or "sign", with the mean magnitude of each 64 of them. What
-        that takes away stays in the error. Where it is takes 2 + log2(1 / ratio) bits beside, at most one bit an element
-        of the gradient.
+        How the elements are sent: as "fp32", as "fp16", or as "sign", with one mean magnitude for each 64 of them. Rounding
+        goes to the error. The position of an element takes another 2 + log2(1 / ratio) bits, and all positions together at
+        most one bit for each element of the gradient.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def runs_of(shard_numel: int) -> int:
 
 
 def most_scales(k: int, shard_numel: int) -> int:
-    """Magnitudes of k entries at most, since each run begins a new one."""
+    """The largest number of magnitudes for k entries, since each run begins a new one."""
     return -(-k // ENTRIES) + runs_of(shard_numel)
 
 

@@ -409,13 +409,13 @@ class _RandomK(_Family[RandomKFormat]):
     ) -> None:
         call = self.call(format, layout, chunks.device)
         tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
-        odd, odd_at = None, np.uint64(0)
+        nonfinite, nonfinite_at = None, np.uint64(0)
         if gradients is not None and state.error is not None:
-            odd = torch.empty(layout.numel // 4, dtype=torch.uint8, device=chunks.device)
-            odd_at = np.uint64(odd.data_ptr())
-        call.launch("collect", _QUADS, tensors, kept, odd_at, payload)
+            nonfinite = torch.empty(layout.numel // 4, dtype=torch.uint8, device=chunks.device)
+            nonfinite_at = np.uint64(nonfinite.data_ptr())
+        call.launch("collect", _QUADS, tensors, kept, nonfinite_at, payload)
         if state.error is not None:
-            call.launch("settle", _QUADS, tensors, kept, odd_at, payload)
+            call.launch("finish", _QUADS, tensors, kept, nonfinite_at, payload)
         call.launch("send", _QUADS, self.header(format, state), tensors, kept, payload, things=format.k)
 
     def serve(

@@ -15,7 +15,7 @@ VENV ?= .venv
 RESULTS ?= benchmarks/results
 
 bin := $(VENV)/bin
-kernels := $(wildcard csrc/cpu/*)
+kernels := $(wildcard csrc/cpu/* csrc/shared/*)
 
 page := $(RESULTS)/results.md
 ifdef QUICK

@@ -1,9 +1,7 @@
 from typing import Any
 
-Cast = Any
+FeedbackState = Any
 Layout = Any
-OneBit = Any
-RandomK = Any
-TopK = Any
+families: dict[str, Any]
 
 def __getattr__(name: str) -> Any: ...

@@ -20,7 +20,7 @@ class FeedbackState:
         e = v - Q[v]
         u = 0 where v was sent      factor masking, for compressors that leave elements out
 
-    Random numbers are those of a counter (`kernels.reference.random_words`): the same step, bucket and sender draw the
+    Random numbers are those of a counter (``csrc/shared/philox.h``): the same step, bucket and sender draw the
     same ones on every device.
     """
 
@@ -30,8 +30,8 @@ class FeedbackState:
     """u: float32, as large. None: no momentum correction."""
     _: KW_ONLY
     total: Tensor | None = None
-    """Of a server on a GPU: what it has summed up, as large. It is encoded in place of the error, which is replaced, and stays
-    where the reply is not finite."""
+    """Of a server whose error must stay where the reply is not finite: error and pushes summed up, as large. It is encoded in
+    place of the error, and may be overwritten."""
     momentum: float = 0.0
     """m: in [0, 1)."""
     bucket: int = 0

@@ -49,7 +49,7 @@ FAULTS = {
     "scan: no first barrier": ("top_k", f"totals[warp_of_thread()] = sum;\n    {BARRIER}", "totals[warp_of_thread()] = sum;"),
     "scan: no second barrier": ("top_k", f"    }}\n    {BARRIER}\n    return before;", "    }\n    return before;"),
     "candidates: no barrier before their places are read": ("top_k", f"if (!all) return;\n    {BARRIER}", "if (!all) return;"),
-    "candidates: too few are taken for enough": ("top_k", "state.found < need || state.found > work", "state.found > work"),
+    "candidates: too few are taken for enough": ("top_k", "search.found < need || search.found > work", "search.found > work"),
     "bins: no barrier after they are cleared": ("top_k", f"bins[bin] = 0;\n    {BARRIER}", "bins[bin] = 0;"),
     "bins: no barrier before they are added up": ("top_k", f"    }}\n    {BARRIER}\n    u32* fine", "    }\n    u32* fine"),
     "bins: of the last pass": ("top_k", "work.coarse[shard * kCoarseBins + bin] = 0;", ";"),
@@ -63,9 +63,9 @@ FAULTS = {
     "ranks: no barrier": ("top_k", f"        }}\n        {BARRIER}\n        return all;", "        }\n        return all;"),
     "entries: no barrier before they are sent": ("top_k", f"{BARRIER}\n\n    u8* chunk = chunks", "u8* chunk = chunks"),
     "entries: the residual is not written": ("top_k", "= values[i] - arrives;", "= values[i];"),
-    "entries: the velocity is not cleared": ("top_k", "memory.velocity[start + offsets[i]] = 0.f;", ";"),
+    "entries: the velocity is not cleared": ("top_k", "state.velocity[start + offsets[i]] = 0.f;", ";"),
     "upper bits: as if runs began at words": ("top_k", "bit = skipped + (offsets[i] >> b)", "bit = (offsets[i] >> b)"),
-    "not finite: one too many is sent": ("top_k", "state.not_finite > codec.k ?", "state.not_finite > codec.k + 1 ?"),
+    "not finite: one too many is sent": ("top_k", "search.not_finite > format.k ?", "search.not_finite > format.k + 1 ?"),
     "runs: no barrier before bits are counted": ("top_k", f"{BARRIER}\n        sound = ranks", "sound = ranks"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from emulator import sanitized
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("tests", ["corrupt or address or padding", "taken_back and (OneBit or Cast or RandomK)"])
+@pytest.mark.parametrize("tests", ["corrupt or address or padding", "rollback and (OneBit or Cast or RandomK)"])
 def test_emulated_kernels_stay_inside(tests):
     files = sorted(str(path) for path in HERE.glob("test_cuda_emulated*.py"))
     # Not captured: AddressSanitizer ends the process, and what pytest has captured with it.

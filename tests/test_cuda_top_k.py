@@ -153,9 +153,9 @@ def test_several_workers_are_added_in_order(emulated):  # noqa: F811
     for worker, payload in enumerate(pushed):
         codec.encode(layout, make("heavy tails", [70_000], torch.float32, seed=worker), FeedbackState(), payload)
     expected, actual = torch.ones(2, layout.numel)
-    codec.accumulate_all(layout, pushed[:, 0], 1 / 3, expected)
+    codec.accumulate(layout, pushed[:, 0], 1 / 3, expected)
     with on_cuda():
-        codec.accumulate_all(layout, pushed[:, 0], 1 / 3, actual)
+        codec.accumulate(layout, pushed[:, 0], 1 / 3, actual)
     assert_same_bits(actual, expected)
     assert emulated.launches == ["top_k_accumulate"]
 

@@ -51,7 +51,7 @@ def passes(device, codec, layout, gradients, error, dtype, steps=1):
     decoded = [torch.full((numel,), 7, dtype=dtype, device=device) for numel in layout.numels]
     codec.decode(layout, payload, decoded)
     total = torch.ones(layout.shard_numel, device=device)
-    codec.accumulate_all(layout.shard(0), payload[:1].repeat(2, 1), 0.3, total)
+    codec.accumulate(layout.shard(0), payload[:1].repeat(2, 1), 0.3, total)
     server = FeedbackState(torch.ones(layout.shard_numel, device=device), step=steps - 1, bucket=2, sender=5, first_shard=1)
     real = torch.zeros(layout.shard_numel, device=device)
     for piece in layout.pieces[0]:

@@ -6,13 +6,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import reference
 import torch
 from support import assert_same_bits, generator, spread
 
-from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK, _cpu, kernels
-from ds_horovod.compressors.top_k import _format as _top_k_format
+from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, _cpu, kernels
 from ds_horovod.feedback import FeedbackState
-from ds_horovod.kernels import cpu, reference
+from ds_horovod.kernels import cpu
 from ds_horovod.layout import pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,7 +23,8 @@ TOP_K += [TopK(k=k, values=values) for k in (1, 3) for values in VALUES]
 QUANTIZE = [Ternary(), Ternary(96), Quantize(2, 32), Quantize(3, 96), Quantize(3, 2048), Quantize(4), Quantize(8, 64)]
 QUANTIZE += [Ternary(64, "stochastic", seed=3), Ternary(32, "stochastic", "l2"), Quantize(3, 96, "stochastic")]
 QUANTIZE += [Quantize(8, 2048, "stochastic", "l2", seed=2**64 - 1)]
-ELEMENTS = [Cast("fp16"), Cast("bf16"), RandomK(1e-5), RandomK(0.01), RandomK(0.3, values="fp16", seed=2**64 - 1), RandomK(1.0)]
+ELEMENTS = [NoCompression(), Cast("fp16"), Cast("bf16")]
+ELEMENTS += [RandomK(1e-5), RandomK(0.01), RandomK(0.3, values="fp16", seed=2**64 - 1), RandomK(1.0)]
 CODECS = ONE_BIT + TOP_K + QUANTIZE + ELEMENTS
 
 SIZES = [[1], [7], [8], [9], [31], [2047], [2048], [2049], [65535], [65537], [5, 100, 3000], [70000, 1, 33, 200000]]
@@ -243,6 +244,52 @@ def test_serve(codec, content, error_kept):
                     assert_same_bits(error, results[0][1], f"error ({workers} workers, shard {shard}):")
 
 
+@pytest.mark.parametrize("error_kept", [True, False], ids=["error", "no error"])
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_a_sum_beside_the_error(codec, error_kept):
+    """What is encoded is the sum; the error is replaced where the reply is finite, and stays elsewhere."""
+    layout = pack([5, 100, 3000], codec.block, 2)
+    for content in ("normal", "sums overflow", "not finite"):
+        results = []
+        for context in (oracle(), *map(on, _cpu.instruction_sets())):
+            total, error = (spread(layout, make(c, layout.numels, torch.float32, 1)) for c in (content, "normal"))
+            state = FeedbackState(error if error_kept else None, total=total, step=5, bucket=2, sender=3)
+            payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
+            with context:
+                codec.encode(layout, None, state, payload)
+            results.append((payload, error))
+        for other in results[1:]:
+            for own, expected in zip(other, results[0], strict=True):
+                assert_same_bits(own, expected, content)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_rollback(codec):
+    """Only where the mask says so, and as the oracle does it."""
+    layout = pack([5, 100, 3000], codec.block, 2)
+    gradients = make("normal", layout.numels, torch.bfloat16)
+    results = []
+    for context in (oracle(), *map(on, _cpu.instruction_sets())):
+        error, velocity = (spread(layout, make("normal", layout.numels, torch.float32, seed)) for seed in (1, 2))
+        state = FeedbackState(error, velocity if codec.sparse else None, momentum=0.9)
+        replies, payload = (torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8) for _ in range(2))
+        with context:
+            codec.encode(layout, make("not finite", layout.numels, torch.float32), FeedbackState(), replies)
+            codec.encode(layout, gradients, state, payload)
+            mask = codec.nonfinite_mask(layout, replies)
+            codec.rollback(layout, payload, mask, gradients, state)
+            assert codec.nonfinite_mask(layout, payload) is None
+        results.append((mask, error, velocity))
+    before = spread(layout, make("normal", layout.numels, torch.float32, 1))
+    undone = (results[0][0][:, None] >> torch.arange(32) & 1).bool().view(-1) & (before != 0)
+    assert undone.any()
+    if not codec.sparse:
+        torch.testing.assert_close(results[0][1][undone], before[undone], rtol=0, atol=1e-5)
+    for other in results[1:]:
+        for own, expected in zip(other, results[0], strict=True):
+            assert_same_bits(own, expected)
+
+
 @pytest.mark.parametrize(
     "codec", [*ONE_BIT, *QUANTIZE, *ELEMENTS, TopK(0.01), TopK(0.3, values="fp16"), TopK(0.05, values="sign")], ids=str
 )
@@ -393,12 +440,14 @@ def test_more_values_that_are_not_finite_than_can_be_sent(values, instruction_se
     gradients = [torch.ones(100), torch.ones(70)]
     gradients[0][10:14] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan])
     results = []
-    for module in (cpu, reference):
+    for context in (contextlib.nullcontext(), oracle()):
         error = torch.arange(float(layout.numel))
         payload = torch.zeros(2, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        module.top_k_encode(_top_k_format(codec, layout), layout, gradients, FeedbackState(error), payload)
+        with context:
+            codec.encode(layout, gradients, FeedbackState(error), payload)
         decoded = [torch.zeros(100), torch.zeros(70)]
-        module.top_k_decode(_top_k_format(codec, layout), layout, payload, decoded)
+        with context:
+            codec.decode(layout, payload, decoded)
         assert not codec.is_within(layout, payload)
         results.append((payload, error, *decoded))
     for native, expected in zip(*results, strict=True):
@@ -430,19 +479,19 @@ def test_cast_is_that_of_torch(codec, dtype, numel, instruction_set):
 def test_what_is_not_finite_is_cast_to_nan(instruction_set):
     v = torch.randn(100, generator=generator(0))
     v[7], v[40], v[99] = torch.nan, torch.inf, -torch.inf
-    for codec, nan in ((Cast("fp16"), 0x7E00), (Cast("bf16"), 0x7FC0)):
+    for codec, nan in ((Cast("fp16"), 0x7E00), (Cast("bf16"), 0x7FC0), (NoCompression(), 0x7FC00000)):
         layout = pack([100], codec.block, 1)
         error = torch.full((layout.numel,), 0.25)
         payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
         codec.encode(layout, [v], FeedbackState(error), payload)
-        lost = payload.view(torch.int16)[0, :100] == nan
-        assert torch.equal(lost, ~v.isfinite()) and not codec.is_within(layout, payload)
+        sent_as_nan = payload.view(torch.int16 if nan < 2**16 else torch.int32)[0, :100] == nan
+        assert torch.equal(sent_as_nan, ~v.isfinite()) and not codec.is_within(layout, payload)
         assert (error[:100] == 0.25).nonzero().view(-1).tolist() == [7, 40, 99]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_cast_keeps_a_velocity(dtype, instruction_set):
-    layout, codec = pack([5, 700], 32, 2), Cast(dtype)
+@pytest.mark.parametrize("codec", [Cast("fp16"), Cast("bf16"), NoCompression()], ids=str)
+def test_cast_keeps_a_velocity(codec, instruction_set):
+    layout = pack([5, 700], 32, 2)
     gradients = make("not finite", [5, 700], torch.float32)
     results = []
     for context in (oracle(), contextlib.nullcontext()):

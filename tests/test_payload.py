@@ -241,6 +241,7 @@ READERS = {
     Quantize: quantized_values,
     Ternary: quantized_values,
     Cast: cast_values,
+    NoCompression: lambda compressor, layout, shard, chunk: chunk.view(np.float32),
     RandomK: random_k_values,
 }
 
@@ -300,6 +301,36 @@ def test_another_size(compressor):
     alone = compressor.compress(torch.ones(1000))
     with pytest.raises(ValueError):
         compressor.decompress(alone[:-16], 1000)
+
+
+@pytest.mark.parametrize("compressor", [q for q in EVERY if not isinstance(q, Int8)], ids=repr)
+def test_pushes_of_another_size(compressor):
+    """Neither more nor fewer bytes a worker, even where they add up to a whole number of chunks."""
+    layout = pack([5, 700, 63, 1], compressor.block, 1)
+    pushed = encoded(compressor, layout).repeat(4, 1)
+    reply = torch.zeros_like(pushed[0])
+    for wrong in (pushed.view(2, -1), pushed.view(-1), torch.cat([pushed, pushed[:, :16]], 1), pushed[:, :-16].contiguous()):
+        error, total = Guarded(layout.numel), Guarded(layout.numel)
+        with pytest.raises(ValueError):
+            compressor.serve(layout, wrong, compressor, 0.25, FeedbackState(error.tensor), reply)
+        with pytest.raises(ValueError):
+            compressor.accumulate(layout, wrong, 0.25, total.tensor)
+        assert error.is_untouched() and total.is_untouched() and not reply.any()
+    compressor.serve(layout, pushed, compressor, 0.25, FeedbackState(torch.zeros(layout.numel)), reply)
+
+
+@every_top_k
+def test_a_payload_that_is_not_zero_at_first(compressor):
+    """The entries are counted as ever, and nothing is written outside."""
+    layout = pack([70000, 33, 1], compressor.block, 2)
+    gradients = [torch.randn(numel, generator=generator(0)) for numel in layout.numels]
+    chunk_nbytes, runs = compressor.chunk_nbytes(layout), math.ceil(layout.shard_numel / 65536)
+    clean, spoilt = (Guarded(2, chunk_nbytes, dtype=torch.uint8, fill=fill) for fill in (0, 255))
+    for payload in (clean, spoilt):
+        error = Guarded(layout.numel, fill=0)
+        compressor.encode(layout, gradients, FeedbackState(error.tensor), payload.tensor)
+        assert payload.guard_holds() and error.guard_holds()
+    assert torch.equal(spoilt.tensor[:, : 4 * runs], clean.tensor[:, : 4 * runs])
 
 
 def with_entries(compressor, layout, entries, counts=None, stray_bits=()):
@@ -403,7 +434,9 @@ def test_random_bytes(compressor):
     assert refused == 0 if isinstance(compressor, OneBit) else 100 <= refused < 500
 
 
-@pytest.mark.parametrize("compressor", [q for q in EVERY if isinstance(q, (OneBit, Quantize, Ternary, Cast))], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [q for q in EVERY if isinstance(q, (OneBit, Quantize, Ternary, Cast, NoCompression))], ids=repr
+)
 def test_blocks_take_any_bytes(compressor):
     """As the oracle does: there is nothing in them that could point anywhere."""
     layout = pack([5, 700, 63, 1], compressor.block, 2)

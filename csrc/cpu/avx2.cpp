@@ -21,20 +21,8 @@
 #pragma GCC target("avx2,f16c,bmi,popcnt")
 #endif
 #define DS_AVX2
-#include "elements.inl"
-#include "one_bit.inl"
-#include "quantize.inl"
-#include "random.inl"
-#include "top_k.inl"
-
-const Kernels avx2_kernels = {
-    {one_bit_encode, one_bit_decode, one_bit_accumulate, one_bit_serve},
-    {top_k_encode, top_k_decode, top_k_accumulate, nullptr},
-    {quantize_encode, quantize_decode, quantize_accumulate, quantize_serve},
-    {cast_encode, cast_decode, cast_accumulate, nullptr},
-    {random_k_encode, random_k_decode, random_k_accumulate, nullptr},
-    cast_is_within, all_within, uniforms_of_rows,
-};
+#define DS_TABLE avx2_kernels
+#include "families.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

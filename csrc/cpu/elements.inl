@@ -1,6 +1,7 @@
-// Element by element: all of them as 16-bit floats, or a few at positions that all ranks draw alike. Included by each
-// translation unit of kernels.
+// Element-wise formats: all elements as floats of 16 or 32 bits (Cast), or a few of them at random positions that all ranks
+// draw alike (RandomK). Included by each translation unit of kernels.
 
+#include <cmath>
 #include <vector>
 
 #include "parallel.h"
@@ -10,7 +11,7 @@
 
 namespace {
 
-// What v is made of, from some element on: gradient, error and velocity; or the error alone.
+// The terms of v from some element on: gradient, error and velocity, or the error alone.
 template <class G>
 struct Terms {
     const G* g;
@@ -27,8 +28,8 @@ struct Terms {
         if (u) v = velocity = momentum * u[i] + v;
         return g && e ? v + e[i] : v;
     }
-    // What error and velocity were before v and the new velocity took their places, up to rounding.
-    void take_back(int64_t i) const {
+    // Restores error and velocity, up to rounding, after v and the new velocity have been stored in their places.
+    void roll_back(int64_t i) const {
         const float own = to_float(g[i]);
         e[i] -= u ? u[i] : own;
         if (u) u[i] = (u[i] - own) / momentum;
@@ -36,13 +37,13 @@ struct Terms {
 };
 
 template <class G>
-Terms<G> terms_at(Tensors gradients, const Memory& memory, int64_t tensor, int64_t first, int64_t position) {
+Terms<G> terms_at(Tensors gradients, const FeedbackState& state, int64_t tensor, int64_t first, int64_t position) {
     return {gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[tensor]) + first,
-            memory.error ? memory.error + position : nullptr, memory.velocity ? memory.velocity + position : nullptr,
-            memory.momentum};
+            state.error ? state.error + position : nullptr, state.velocity ? state.velocity + position : nullptr,
+            state.momentum};
 }
 
-// eight(i, v, velocity) where eight values stand together and are finite, one(i, v, velocity) or not_finite(i) elsewhere.
+// Calls eight(i, v, velocity) for eight adjacent finite values, and one(i, v, velocity) or not_finite(i) for the others.
 template <class G, class Eight, class One, class NotFinite>
 inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight, const One& one, const NotFinite& not_finite) {
     auto singly = [&](int64_t from, int64_t to) {
@@ -63,7 +64,7 @@ inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight,
     singly(i, count);
 }
 
-// visit(shard, tensor, first, count, position) for part t of all elements, which never crosses a shard.
+// Calls visit(shard, tensor, first, count, position) for part t of all elements. No call spans two shards.
 template <class Visit>
 void for_part(const Layout& layout, int t, int threads, const Visit& visit) {
     auto begin = [&](int part) { return layout.shards * layout.shard_numel / 32 * part / threads * 32; };
@@ -76,24 +77,25 @@ void for_part(const Layout& layout, int t, int threads, const Visit& visit) {
     }
 }
 
-// ---- all of them
+// ---- Cast
 
-inline float largest_of(const Half*) { return 65504.f; }
-inline float largest_of(const BFloat16*) { return float_of(0x7f7f0000u); }
-
-// Where the value of a position is.
+// The address of the value at a position.
 template <class H>
-inline H* cast_at(const Cast& codec, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
-    return reinterpret_cast<H*>(chunks + shard * codec.chunk_bytes) + position - shard * layout.shard_numel;
+inline H* cast_at(const Cast& format, const Layout& layout, uint8_t* chunks, int64_t shard, int64_t position) {
+    return reinterpret_cast<H*>(chunks + shard * format.chunk_bytes) + position - shard * layout.shard_numel;
 }
 template <class H>
-inline const H* cast_at(const Cast& codec, const Layout& layout, const uint8_t* chunks, int64_t shard, int64_t position) {
-    return reinterpret_cast<const H*>(chunks + shard * codec.chunk_bytes) + position - shard * layout.shard_numel;
+inline const H* cast_at(const Cast& format, const Layout& layout, const uint8_t* chunks, int64_t shard, int64_t position) {
+    return reinterpret_cast<const H*>(chunks + shard * format.chunk_bytes) + position - shard * layout.shard_numel;
 }
 
-// call(type), where type is a null pointer of the type that values travel as
-template <class Call> auto with_cast_type(const Cast& codec, const Call& call) {
-    return codec.dtype == Dtype::float16 ? call(static_cast<Half*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+// Calls call(type), where type is a null pointer to the type of the values in a chunk.
+template <class Call> auto with_cast_type(const Cast& format, const Call& call) {
+    switch (format.dtype) {
+        case Dtype::float32: return call(static_cast<float*>(nullptr));
+        case Dtype::float16: return call(static_cast<Half*>(nullptr));
+        default: return call(static_cast<BFloat16*>(nullptr));
+    }
 }
 
 template <class H, class G> inline void cast_values(const Terms<G>& terms, int64_t count, H* out) {
@@ -114,15 +116,16 @@ template <class H, class G> inline void cast_values(const Terms<G>& terms, int64
         [=](int64_t i) { from_float(float_of(kNaN), out + i); });
 }
 
-void cast_encode(const Cast& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
+void cast_encode(const Cast& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
+                 int threads) {
     with_element_type(gradients.dtype, [&](auto* gradient_type) {
-        with_cast_type(codec, [&](auto* type) {
+        with_cast_type(format, [&](auto* type) {
             using G = std::remove_pointer_t<decltype(gradient_type)>;
             using H = std::remove_pointer_t<decltype(type)>;
             parallel(threads, [&](int t) {
                 for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t at) {
-                    cast_values(terms_at<G>(gradients, memory, tensor, first, at), count,
-                                cast_at<H>(codec, layout, chunks, shard, at));
+                    cast_values(terms_at<G>(gradients, state, tensor, first, at), count,
+                                cast_at<H>(format, layout, chunks, shard, at));
                 });
             });
         });
@@ -138,15 +141,15 @@ template <class H, class G> inline void convert(const H* from, G* to, int64_t co
     for (; i < count; i++) from_float(to_float(from[i]), to + i);
 }
 
-void cast_decode(const Cast& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+void cast_decode(const Cast& format, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
     with_element_type(gradients.dtype, [&](auto* gradient_type) {
-        with_cast_type(codec, [&](auto* type) {
+        with_cast_type(format, [&](auto* type) {
             using G = std::remove_pointer_t<decltype(gradient_type)>;
             using H = std::remove_pointer_t<decltype(type)>;
             const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
             parallel(threads, [&](int t) {
                 for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t at) {
-                    convert(cast_at<H>(codec, layout, chunks, shard, at),
+                    convert(cast_at<H>(format, layout, chunks, shard, at),
                             static_cast<G*>(gradients.data[tensor]) + first, count, large);
                 });
                 stream_end();
@@ -155,12 +158,12 @@ void cast_decode(const Cast& codec, const Layout& layout, const uint8_t* chunks,
     });
 }
 
-void cast_accumulate(const Cast& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
-    with_cast_type(codec, [&](auto* type) {
+void cast_accumulate(const Cast& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+    with_cast_type(format, [&](auto* type) {
         using H = std::remove_pointer_t<decltype(type)>;
         parallel(threads, [&](int t) {
             for_part(layout, t, threads, [&](int64_t, int64_t, int64_t, int64_t count, int64_t position) {
-                const H* from = cast_at<H>(codec, layout, chunk, 0, position);
+                const H* from = cast_at<H>(format, layout, chunk, 0, position);
                 float* to = sum + position;
                 const F8 w = splat(weight);
                 int64_t i = 0;
@@ -171,38 +174,39 @@ void cast_accumulate(const Cast& codec, const Layout& layout, const uint8_t* chu
     });
 }
 
-bool cast_is_within(const Cast& codec, const uint8_t* chunks, int64_t bytes, float limit) {
-    return with_cast_type(codec, [&](auto* type) {
-        const auto* values = reinterpret_cast<const std::remove_pointer_t<decltype(type)>*>(chunks);
-        F8 largest = splat(0);
-        for (int64_t i = 0; i < bytes / 2; i += 8) largest = larger_magnitude(largest, load(values + i));  // whole sixteens
-        return !at_least(largest, bits_of(limit) + 1);
+bool cast_is_within(const Cast& format, const Layout& layout, const uint8_t* chunks, int64_t count, float limit) {
+    return with_cast_type(format, [&](auto* type) {
+        using H = std::remove_pointer_t<decltype(type)>;
+        return all_within<H>(chunks, count, format.chunk_bytes, 0, layout.shard_numel, limit);
     });
 }
 
-// ---- a few, at random
+constexpr decltype(Passes<Cast>::serve) cast_serve = nullptr;
+constexpr decltype(Passes<Cast>::fault) cast_fault = nullptr;
 
-constexpr uint32_t kDrawing = 0x72616e64u;  // sets the key apart from what rounds with the same seed
+// ---- RandomK
 
-inline RandomKHeader& header_of(uint8_t* chunk) { return *reinterpret_cast<RandomKHeader*>(chunk); }
-inline const RandomKHeader& header_of(const uint8_t* chunk) { return *reinterpret_cast<const RandomKHeader*>(chunk); }
+constexpr uint32_t kDrawing = 0x72616e64u;  // distinguishes the key from that of stochastic rounding with the same seed
 
-// Element at which a stratum begins.
-inline int64_t stratum_at(const RandomK& codec, const Layout& layout, int64_t stratum) {
-    return int64_t(uint64_t(stratum) * uint64_t(layout.shard_numel) / uint64_t(codec.k));
+inline RandomK::Header& header_of(uint8_t* chunk) { return *reinterpret_cast<RandomK::Header*>(chunk); }
+inline const RandomK::Header& header_of(const uint8_t* chunk) { return *reinterpret_cast<const RandomK::Header*>(chunk); }
+
+// The first element of a stratum.
+inline int64_t stratum_at(const RandomK& format, const Layout& layout, int64_t stratum) {
+    return int64_t(uint64_t(stratum) * uint64_t(layout.shard_numel) / uint64_t(format.k));
 }
 
-// One position in each of a shard's equal strata, from some stratum on.
+// Draws one position in each of a shard's equal strata, starting at some stratum.
 class Draws {
 public:
-    Draws(const RandomK& codec, const Layout& layout, const RandomKHeader& header, int64_t stratum)
-        : random_{{uint32_t(codec.seed), uint32_t(codec.seed >> 32) ^ kDrawing}, {header.step, header.bucket, header.shard}},
-          k_(uint64_t(codec.k)), length_(uint64_t(layout.shard_numel) / k_), rest_(uint64_t(layout.shard_numel) % k_),
-          stratum_(uint64_t(stratum)), begin_(uint64_t(stratum_at(codec, layout, stratum))), over_(stratum_ * rest_ % k_) {
-        random_words(random_, stratum_ / 32 * 8, words_);
+    Draws(const RandomK& format, const Layout& layout, const RandomK::Header& header, int64_t stratum)
+        : random_{{uint32_t(format.seed), uint32_t(format.seed >> 32) ^ kDrawing}, {header.step, header.bucket, header.shard}},
+          k_(uint64_t(format.k)), length_(uint64_t(layout.shard_numel) / k_), rest_(uint64_t(layout.shard_numel) % k_),
+          stratum_(uint64_t(stratum)), begin_(uint64_t(stratum_at(format, layout, stratum))), over_(stratum_ * rest_ % k_) {
+        random_rows(random_, stratum_ / 32 * 8, words_);
     }
     int64_t next() {
-        if (stratum_ % 32 == 0) random_words(random_, stratum_ / 4, words_);
+        if (stratum_ % 32 == 0) random_rows(random_, stratum_ / 4, words_);
         const uint64_t word = words_[stratum_ % 32 / 4][stratum_ % 4], begin = begin_;
         over_ += rest_;
         begin_ += length_ + (over_ >= k_);
@@ -218,13 +222,13 @@ private:
     uint32_t words_[8][4];
 };
 
-// visit(stratum, tensor, element, position) for what strata from .. to of a shard draw, unless it is padding.
+// Calls visit(stratum, tensor, element, position) for the positions drawn in strata from .. to of a shard, padding left out.
 template <class Visit>
-void for_drawn(const RandomK& codec, const Layout& layout, const RandomKHeader& header, int64_t shard, int64_t from, int64_t to,
-               const Visit& visit) {
-    Draws draws(codec, layout, header, from);
+void for_drawn(const RandomK& format, const Layout& layout, const RandomK::Header& header, int64_t shard, int64_t from,
+               int64_t to, const Visit& visit) {
+    Draws draws(format, layout, header, from);
     const int64_t base = shard * layout.shard_numel, *end = layout.offset + layout.tensors;
-    int64_t tensor = std::upper_bound(layout.offset, end, base + stratum_at(codec, layout, from)) - layout.offset;
+    int64_t tensor = std::upper_bound(layout.offset, end, base + stratum_at(format, layout, from)) - layout.offset;
     tensor = std::max<int64_t>(tensor - 1, 0);
     for (int64_t i = from; i < to; i++) {
         const int64_t position = base + draws.next();
@@ -234,28 +238,28 @@ void for_drawn(const RandomK& codec, const Layout& layout, const RandomKHeader& 
     }
 }
 
-inline float sent_value(const RandomK& codec, const uint8_t* chunk, int64_t i) {
-    const uint8_t* values = chunk + sizeof(RandomKHeader);
-    return codec.half ? to_float(reinterpret_cast<const Half*>(values)[i]) : reinterpret_cast<const float*>(values)[i];
+inline float sent_value(const RandomK& format, const uint8_t* chunk, int64_t i) {
+    const uint8_t* values = chunk + sizeof(RandomK::Header);
+    return format.half ? to_float(reinterpret_cast<const Half*>(values)[i]) : reinterpret_cast<const float*>(values)[i];
 }
-// Returns what arrives.
-inline float send_value(const RandomK& codec, uint8_t* chunk, int64_t i, float v) {
-    uint8_t* values = chunk + sizeof(RandomKHeader);
-    if (codec.half) reinterpret_cast<Half*>(values)[i] = half_of(v);
+// Returns the value that readers will see.
+inline float send_value(const RandomK& format, uint8_t* chunk, int64_t i, float v) {
+    uint8_t* values = chunk + sizeof(RandomK::Header);
+    if (format.half) reinterpret_cast<Half*>(values)[i] = half_of(v);
     else reinterpret_cast<float*>(values)[i] = v;
-    return sent_value(codec, chunk, i);
+    return sent_value(format, chunk, i);
 }
 
-// A dense pass leaves v where the error was; only then is it known whether a shard is finite, and what is drawn of it goes,
-// or the pass is taken back.
+// The dense pass stores v in place of the error. Only then is it known whether a shard is finite: if so, the elements drawn are
+// sent, otherwise the pass is rolled back.
 template <class G>
-void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
-    std::vector<std::vector<int64_t>> odd(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
+void draw(const RandomK& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks, int threads) {
+    std::vector<std::vector<int64_t>> nonfinite(size_t(threads), std::vector<int64_t>{});  // positions that are not finite
     parallel(threads, [&](int t) {
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
-            const auto terms = terms_at<G>(gradients, memory, tensor, first, position);
-            float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // the error alone is there already
-            auto& here = odd[size_t(t)];
+            const auto terms = terms_at<G>(gradients, state, tensor, first, position);
+            float *e = terms.g ? terms.e : nullptr, *u = terms.u;  // without gradients, v is there already
+            auto& here = nonfinite[size_t(t)];
             for_values(
                 terms, count,
                 [=](int64_t i, F8 v, F8 velocity) {
@@ -270,32 +274,32 @@ void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory 
         });
     });
     std::vector<uint8_t> finite(size_t(layout.shards), 1);
-    for (const auto& positions : odd)
+    for (const auto& positions : nonfinite)
         for (int64_t position : positions) finite[size_t(position / layout.shard_numel)] = 0;
     parallel(threads, [&](int t) {
-        auto next = odd[size_t(t)].begin();
+        auto next = nonfinite[size_t(t)].begin();
         for_part(layout, t, threads, [&](int64_t shard, int64_t tensor, int64_t first, int64_t count, int64_t position) {
-            const auto terms = terms_at<G>(gradients, memory, tensor, first, position);
+            const auto terms = terms_at<G>(gradients, state, tensor, first, position);
             if (finite[size_t(shard)] || !terms.g || !terms.e) return;
             for (int64_t i = 0; i < count; i++) {
-                if (next != odd[size_t(t)].end() && *next == position + i) next++;
-                else terms.take_back(i);
+                if (next != nonfinite[size_t(t)].end() && *next == position + i) next++;
+                else terms.roll_back(i);
             }
         });
         for (int64_t shard = 0; shard < layout.shards; shard++) {
-            uint8_t* chunk = chunks + shard * codec.chunk_bytes;
-            RandomKHeader header = {memory.step, memory.bucket, memory.first_shard + uint32_t(shard), uint32_t(codec.k)};
+            uint8_t* chunk = chunks + shard * format.chunk_bytes;
+            RandomK::Header header = {state.step, state.bucket, state.first_shard + uint32_t(shard), uint32_t(format.k)};
             if (!finite[size_t(shard)]) header.k = kAllNotFinite;
             if (t == 0) header_of(chunk) = header;
             if (!finite[size_t(shard)]) {
-                if (t == 0) send_value(codec, chunk, 0, float_of(kNaN));
+                if (t == 0) send_value(format, chunk, 0, float_of(kNaN));
                 continue;
             }
-            for_drawn(codec, layout, header, shard, codec.k * t / threads, codec.k * (t + 1) / threads,
+            for_drawn(format, layout, header, shard, format.k * t / threads, format.k * (t + 1) / threads,
                       [&](int64_t i, int64_t tensor, int64_t element, int64_t position) {
-                          const auto terms = terms_at<G>(gradients, memory, tensor, element, position);
+                          const auto terms = terms_at<G>(gradients, state, tensor, element, position);
                           const float v = terms.e ? *terms.e : to_float(*terms.g);
-                          const float arrives = send_value(codec, chunk, i, v);
+                          const float arrives = send_value(format, chunk, i, v);
                           if (terms.e) *terms.e = v - arrives;
                           if (terms.u) *terms.u = 0.f;
                       });
@@ -303,27 +307,27 @@ void draw(const RandomK& codec, const Layout& layout, Tensors gradients, Memory 
     });
 }
 
-void random_k_encode(const RandomK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
+void random_k_encode(const RandomK& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
                      int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
-        draw<std::remove_pointer_t<decltype(type)>>(codec, layout, gradients, memory, chunks, threads);
+        draw<std::remove_pointer_t<decltype(type)>>(format, layout, gradients, state, chunks, threads);
     });
 }
 
 template <class G>
-void scatter_drawn(const RandomK& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
+void scatter_drawn(const RandomK& format, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
-        std::vector<G> tile(size_t(kTile), G{});  // zeros, but for what is drawn
+        std::vector<G> tile(size_t(kTile), G{});  // zeros, except for the elements drawn
         for (int64_t shard = 0; shard < layout.shards; shard++) {
-            const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            const uint8_t* chunk = chunks + shard * format.chunk_bytes;
             const bool finite = header_of(chunk).k != kAllNotFinite;
-            int64_t i = codec.k * t / threads;
-            const int64_t last = codec.k * (t + 1) / threads, base = shard * layout.shard_numel;
-            Draws draws(codec, layout, header_of(chunk), i);
+            int64_t i = format.k * t / threads;
+            const int64_t last = format.k * (t + 1) / threads, base = shard * layout.shard_numel;
+            Draws draws(format, layout, header_of(chunk), i);
             auto next = [&] { return i < last && finite ? base + draws.next() : INT64_MAX; };
             int64_t drawn = next();
-            for_range(layout, base + stratum_at(codec, layout, i), base + stratum_at(codec, layout, last),
+            for_range(layout, base + stratum_at(format, layout, i), base + stratum_at(format, layout, last),
                       [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
                           G* to = static_cast<G*>(gradients[tensor]) + first;
                           if (!finite) {
@@ -335,7 +339,7 @@ void scatter_drawn(const RandomK& codec, const Layout& layout, const uint8_t* ch
                               const int64_t size = std::min(kTile, count - done), begin = position + done;
                               bool any = false;
                               for (; drawn < begin + size; i++, drawn = next(), any = true)
-                                  from_float(sent_value(codec, chunk, i), &tile[size_t(drawn - begin)]);
+                                  from_float(sent_value(format, chunk, i), &tile[size_t(drawn - begin)]);
                               copy_out(to + done, tile.data(), size, large);
                               if (any) std::fill(tile.begin(), tile.begin() + size, G{});
                           }
@@ -345,24 +349,42 @@ void scatter_drawn(const RandomK& codec, const Layout& layout, const uint8_t* ch
     });
 }
 
-void random_k_decode(const RandomK& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+void random_k_decode(const RandomK& format, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
-        scatter_drawn<std::remove_pointer_t<decltype(type)>>(codec, layout, chunks, gradients.data, threads);
+        scatter_drawn<std::remove_pointer_t<decltype(type)>>(format, layout, chunks, gradients.data, threads);
     });
 }
 
-void random_k_accumulate(const RandomK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
+void random_k_accumulate(const RandomK& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
                          int threads) {
     if (header_of(chunk).k == kAllNotFinite)
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
     parallel(threads, [&](int t) {
-        for_drawn(codec, layout, header_of(chunk), 0, codec.k * t / threads, codec.k * (t + 1) / threads,
+        for_drawn(format, layout, header_of(chunk), 0, format.k * t / threads, format.k * (t + 1) / threads,
                   [&](int64_t i, int64_t, int64_t, int64_t position) {
-                      sum[position] += sent_value(codec, chunk, i) * weight;
+                      sum[position] += sent_value(format, chunk, i) * weight;
                   });
     });
+}
+
+bool random_k_is_within(const RandomK& format, const Layout&, const uint8_t* chunks, int64_t count, float limit) {
+    constexpr auto values_at = int64_t(sizeof(RandomK::Header));
+    return format.half ? all_within<Half>(chunks, count, format.chunk_bytes, values_at, format.k, limit)
+                      : all_within<float>(chunks, count, format.chunk_bytes, values_at, format.k, limit);
+}
+
+constexpr decltype(Passes<RandomK>::serve) random_k_serve = nullptr;
+
+const char* random_k_fault(const RandomK& format, const Layout& layout, const uint8_t* chunks) {
+    for (int64_t shard = 0; shard < layout.shards; shard++) {
+        const uint8_t* chunk = chunks + shard * format.chunk_bytes;
+        const uint32_t k = header_of(chunk).k;
+        const bool all_not_finite = k == kAllNotFinite && std::isnan(sent_value(format, chunk, 0));
+        if (k != format.k && !all_not_finite) return "another k than the layout's";
+    }
+    return nullptr;
 }
 
 }  // namespace

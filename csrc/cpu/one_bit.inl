@@ -6,14 +6,15 @@
 #include "parallel.h"
 #include "sums.h"
 #include "walk.h"
+#include "within.h"
 
 namespace {
 
 // Which scale of a chunk belongs to a block: the law that ds_horovod/compressors/one_bit.py states for the payload.
 class Scales {
 public:
-    Scales(const OneBit& codec, const Layout& layout) : codec_(codec), layout_(layout) {
-        if (codec.granularity != Granularity::parameter) return;
+    Scales(const OneBit& format, const Layout& layout) : format_(format), layout_(layout) {
+        if (format.granularity != Granularity::parameter) return;
         first_.assign(size_t(layout.shards), layout.tensors);
         for (int64_t i = layout.tensors - 1; i >= 0; i--) {
             if (layout.numel[i] == 0) continue;
@@ -23,15 +24,15 @@ public:
         }
     }
     int64_t slot(int64_t tensor, int64_t shard, int64_t position) const {
-        switch (codec_.granularity) {
-            case Granularity::block: return (position - shard * layout_.shard_numel) / codec_.block;
+        switch (format_.granularity) {
+            case Granularity::block: return (position - shard * layout_.shard_numel) / format_.block;
             case Granularity::parameter: return tensor - first_[size_t(shard)];
             default: return 0;
         }
     }
 
 private:
-    const OneBit& codec_;
+    const OneBit& format_;
     const Layout& layout_;
     std::vector<int64_t> first_;  // the first tensor with elements in each shard
 };
@@ -120,44 +121,44 @@ inline void settle(float& scale, const float* staged, float* error, uint8_t* bit
 }
 
 template <class G>
-void encode_blocks(const OneBit& codec, const Layout& layout, const void* const* gradients, Memory memory,
+void encode_blocks(const OneBit& format, const Layout& layout, const void* const* gradients, FeedbackState state,
                    uint8_t* chunks, int threads) {
     parallel(threads, [&](int t) {
-        std::vector<float> staged(size_t(codec.block));
-        for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+        std::vector<float> staged(size_t(format.block));
+        for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
             const int64_t shard = position / layout.shard_numel, inside = position - shard * layout.shard_numel;
-            uint8_t *chunk = chunks + shard * codec.chunk_bytes, *bits = chunk + codec.bits_at + inside / 8;
+            uint8_t *chunk = chunks + shard * format.chunk_bytes, *bits = chunk + format.bits_at + inside / 8;
             const G* g = gradients ? static_cast<const G*>(gradients[i]) + first : nullptr;
-            float* e = memory.error ? memory.error + position : nullptr;
-            float scale = scale_of(stage(codec.l2, g, e, count, staged.data(), bits), count, codec.l2);
+            float* e = state.error ? state.error + position : nullptr;
+            float scale = scale_of(stage(format.l2, g, e, count, staged.data(), bits), count, format.l2);
             settle(scale, staged.data(), e, bits, count);
-            *scale_in(chunk, inside / codec.block) = scale;
+            *scale_in(chunk, inside / format.block) = scale;
         });
     });
 }
 
 // Scales of whole parameters or shards: one pass for the sums, one for signs and errors.
 template <class G>
-void encode_regions(const OneBit& codec, const Layout& layout, const void* const* gradients, Memory memory,
+void encode_regions(const OneBit& format, const Layout& layout, const void* const* gradients, FeedbackState state,
                     uint8_t* chunks, int threads) {
     struct Block { int64_t shard, slot, count; double sum; };
     std::vector<Block> blocks;
-    const Scales scales(codec, layout);
-    for_blocks(layout, codec.block, 0, 1, [&](int64_t i, int64_t, int64_t count, int64_t position) {
+    const Scales scales(format, layout);
+    for_blocks(layout, format.block, 0, 1, [&](int64_t i, int64_t, int64_t count, int64_t position) {
         const int64_t shard = position / layout.shard_numel;
         blocks.push_back({shard, scales.slot(i, shard, position), count, 0.0});
     });
     const int64_t total = int64_t(blocks.size());
     auto start = [&](int t) { return total * t / threads; };  // as for_blocks divides them
     auto stage_block = [&](int64_t i, int64_t first, int64_t count, int64_t position, float* staged, uint8_t* bits) {
-        return stage(codec.l2, gradients ? static_cast<const G*>(gradients[i]) + first : nullptr,
-                     memory.error ? memory.error + position : nullptr, count, staged, bits);
+        return stage(format.l2, gradients ? static_cast<const G*>(gradients[i]) + first : nullptr,
+                     state.error ? state.error + position : nullptr, count, staged, bits);
     };
     parallel(threads, [&](int t) {
-        std::vector<float> staged(size_t(codec.block));
-        std::vector<uint8_t> bits(size_t(codec.block / 8));
+        std::vector<float> staged(size_t(format.block));
+        std::vector<uint8_t> bits(size_t(format.block / 8));
         int64_t b = start(t);
-        for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+        for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
             blocks[size_t(b++)].sum = double(stage_block(i, first, count, position, staged.data(), bits.data()));
         });
     });
@@ -173,51 +174,51 @@ void encode_regions(const OneBit& codec, const Layout& layout, const void* const
         for (int half = 128; half; half /= 2)
             for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
         const double mean = lanes[0] / elements;
-        *scale_in(chunks + region.shard * codec.chunk_bytes, region.slot) = float(codec.l2 ? std::sqrt(mean) : mean);
+        *scale_in(chunks + region.shard * format.chunk_bytes, region.slot) = float(format.l2 ? std::sqrt(mean) : mean);
     }
     parallel(threads, [&](int t) {
-        std::vector<float> staged(size_t(codec.block));
+        std::vector<float> staged(size_t(format.block));
         int64_t b = start(t);
-        for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+        for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
             const Block& at = blocks[size_t(b++)];
-            uint8_t* chunk = chunks + at.shard * codec.chunk_bytes;
-            uint8_t* bits = chunk + codec.bits_at + (position - at.shard * layout.shard_numel) / 8;
+            uint8_t* chunk = chunks + at.shard * format.chunk_bytes;
+            uint8_t* bits = chunk + format.bits_at + (position - at.shard * layout.shard_numel) / 8;
             float scale = *scale_in(chunk, at.slot);
             stage_block(i, first, count, position, staged.data(), bits);
-            settle(scale, staged.data(), memory.error ? memory.error + position : nullptr, bits, count);
+            settle(scale, staged.data(), state.error ? state.error + position : nullptr, bits, count);
         });
     });
     for (const Block& at : blocks) {  // every thread has read the scales: name the non-finite ones alike
-        float* scale = scale_in(chunks + at.shard * codec.chunk_bytes, at.slot);
+        float* scale = scale_in(chunks + at.shard * format.chunk_bytes, at.slot);
         if (!(*scale <= float_of(kMaxFinite))) *scale = float_of(kNaN);
     }
 }
 
-void one_bit_encode(const OneBit& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
+void one_bit_encode(const OneBit& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
                     int threads) {
     const void* const* data = gradients.dtype == Dtype::none ? nullptr : gradients.data;
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
-        if (codec.granularity == Granularity::block) encode_blocks<G>(codec, layout, data, memory, chunks, threads);
-        else encode_regions<G>(codec, layout, data, memory, chunks, threads);
+        if (format.granularity == Granularity::block) encode_blocks<G>(format, layout, data, state, chunks, threads);
+        else encode_regions<G>(format, layout, data, state, chunks, threads);
     });
 }
 
 // accumulate for every worker, then encode: in one pass, for scales of blocks
 template <bool L2>
-void serve_blocks(const OneBit& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
+void serve_blocks(const OneBit& format, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
                   float* error, uint8_t* chunk, int threads) {
     parallel(threads, [&](int t) {
-        std::vector<float> staged(size_t(codec.block)), worker_scale(size_t(workers), 0.f);
+        std::vector<float> staged(size_t(format.block)), worker_scale(size_t(workers), 0.f);
         const float* scales = worker_scale.data();
-        for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
-            const int64_t slot = position / codec.block;
+        for_blocks(layout, format.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            const int64_t slot = position / format.block;
             for (int64_t w = 0; w < workers; w++)
-                worker_scale[size_t(w)] = *scale_in(pushed + w * codec.chunk_bytes, slot) * weight;
-            const uint8_t* from = pushed + codec.bits_at + position / 8;
+                worker_scale[size_t(w)] = *scale_in(pushed + w * format.chunk_bytes, slot) * weight;
+            const uint8_t* from = pushed + format.bits_at + position / 8;
             float* e = error ? error + position : nullptr;
-            uint8_t* bits = chunk + codec.bits_at + position / 8;
-            const int64_t stride = codec.chunk_bytes;
+            uint8_t* bits = chunk + format.bits_at + position / 8;
+            const int64_t stride = format.chunk_bytes;
             const float sum = stage_rows<L2>(
                 count, staged.data(), bits,
                 [=](int64_t i, F8* v) {
@@ -243,10 +244,10 @@ void serve_blocks(const OneBit& codec, const Layout& layout, const uint8_t* push
     });
 }
 
-void one_bit_serve(const OneBit& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
-                   Memory memory, uint8_t* chunk, int threads) {
-    const auto serve = codec.l2 ? serve_blocks<true> : serve_blocks<false>;
-    serve(codec, layout, pushed, workers, weight, memory.error, chunk, threads);
+void one_bit_serve(const OneBit& format, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
+                   FeedbackState state, uint8_t* chunk, int threads) {
+    const auto serve = format.l2 ? serve_blocks<true> : serve_blocks<false>;
+    serve(format, layout, pushed, workers, weight, state.error, chunk, threads);
 }
 
 // out(i, values, valid): the values of a block, eight at a time; the last eight may hold fewer than 8 valid ones.
@@ -265,16 +266,16 @@ inline void expand(float scale, const uint8_t* bits, int64_t count, const Out& o
 }
 
 template <class G>
-void decode_blocks(const OneBit& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
-    const Scales scales(codec, layout);
+void decode_blocks(const OneBit& format, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
+    const Scales scales(format, layout);
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
-        for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+        for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
             const int64_t shard = position / layout.shard_numel, inside = position - shard * layout.shard_numel;
-            const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            const uint8_t* chunk = chunks + shard * format.chunk_bytes;
             const float scale = *scale_in(chunk, scales.slot(i, shard, position));
             G* to = static_cast<G*>(gradients[i]) + first;
-            const uint8_t* bits = chunk + codec.bits_at + inside / 8;
+            const uint8_t* bits = chunk + format.bits_at + inside / 8;
             if constexpr (std::is_same_v<G, float>) {
                 if (large && reinterpret_cast<uintptr_t>(to) % 32 == 0)
                     return expand(scale, bits, count, [to](int64_t at, F8 values, int valid) {
@@ -288,20 +289,20 @@ void decode_blocks(const OneBit& codec, const Layout& layout, const uint8_t* chu
     });
 }
 
-void one_bit_decode(const OneBit& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+void one_bit_decode(const OneBit& format, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
-        decode_blocks<std::remove_pointer_t<decltype(type)>>(codec, layout, chunks, gradients.data, threads);
+        decode_blocks<std::remove_pointer_t<decltype(type)>>(format, layout, chunks, gradients.data, threads);
     });
 }
 
-void one_bit_accumulate(const OneBit& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
+void one_bit_accumulate(const OneBit& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
                         int threads) {
-    const Scales scales(codec, layout);
+    const Scales scales(format, layout);
     parallel(threads, [&](int t) {
-        for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t, int64_t count, int64_t position) {
+        for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t, int64_t count, int64_t position) {
             float* to = sum + position;
             const float scale = *scale_in(chunk, scales.slot(i, 0, position)) * weight;
-            expand(scale, chunk + codec.bits_at + position / 8, count, [to](int64_t at, F8 values, int valid) {
+            expand(scale, chunk + format.bits_at + position / 8, count, [to](int64_t at, F8 values, int valid) {
                 if (valid == 8) return store(to + at, add(load(to + at), values));
                 float v[8];
                 store(v, values);
@@ -311,17 +312,10 @@ void one_bit_accumulate(const OneBit& codec, const Layout& layout, const uint8_t
     });
 }
 
-bool all_within(const float* values, int64_t count, float limit) {
-    const uint32_t over = bits_of(limit) + 1;
-    int64_t i = 0;
-    for (; i + 4096 <= count; i += 4096) {
-        uint32_t found = 0;
-        for (int64_t j = i; j < i + 4096; j += 8) found |= at_least(load(values + j), over);
-        if (found) return false;
-    }
-    for (; i < count; i++)
-        if (magnitude(values[i]) >= over) return false;
-    return true;
+bool one_bit_is_within(const OneBit& format, const Layout&, const uint8_t* chunks, int64_t count, float limit) {
+    return all_within<float>(chunks, count, format.chunk_bytes, 0, format.scales, limit);
 }
+
+constexpr decltype(Passes<OneBit>::fault) one_bit_fault = nullptr;
 
 }  // namespace

@@ -1,7 +1,8 @@
-// A few levels an element, evenly spaced up to a scale of its block. Included by each translation unit of kernels.
+// Each element becomes one of a few levels, evenly spaced up to the scale of its block. Included by each translation unit of
+// kernels.
 //
-// code = trunc(|v| * levels / scale + r), where r is 0.5, to the nearest, or random in [0, 1), which makes it right on
-// average; v arrives as code * (scale / levels), with its sign.
+// code = trunc(|v| * levels / scale + r), where r is 0.5, which rounds to the nearest level, or random in [0, 1), which makes
+// the result unbiased. Readers decode code * (scale / levels), with the sign of v.
 
 #include <cmath>
 #include <vector>
@@ -10,27 +11,28 @@
 #include "random.inl"
 #include "sums.h"
 #include "walk.h"
+#include "within.h"
 
 namespace {
 
 constexpr int64_t kDigits = 5;  // of base 3 in a byte
 
-// A byte's elements lie far apart, so that neighbouring bytes take neighbouring elements: compilers make vectors of that.
-inline void pack_codes(const Quantize& codec, const uint8_t* c, uint8_t* out) {
-    switch (codec.bits) {
+// The elements of a byte lie far apart, so that adjacent bytes hold adjacent elements, and compilers can vectorize the loops.
+inline void pack_codes(const Quantize& format, const uint8_t* c, uint8_t* out) {
+    switch (format.bits) {
         case 0: {
-            const int64_t m = ceil_div(codec.block, kDigits);
+            const int64_t m = ceil_div(format.block, kDigits);
             for (int64_t j = 0; j < m; j++)
                 out[j] = uint8_t(c[j] + 3 * (c[m + j] + 3 * (c[2 * m + j] + 3 * (c[3 * m + j] + 3 * c[4 * m + j]))));
             break;
         }
         case 2: {
-            const int64_t m = codec.block / 4;
+            const int64_t m = format.block / 4;
             for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 2 | c[2 * m + j] << 4 | c[3 * m + j] << 6);
             break;
         }
         case 3: {
-            const int64_t m = codec.block / 8;
+            const int64_t m = format.block / 8;
             for (int64_t j = 0; j < m; j++) {
                 out[j] = uint8_t(c[j] | c[m + j] << 3 | c[2 * m + j] << 6);
                 out[m + j] = uint8_t(c[2 * m + j] >> 2 | c[3 * m + j] << 1 | c[4 * m + j] << 4 | c[5 * m + j] << 7);
@@ -39,19 +41,19 @@ inline void pack_codes(const Quantize& codec, const uint8_t* c, uint8_t* out) {
             break;
         }
         case 4: {
-            const int64_t m = codec.block / 2;
+            const int64_t m = format.block / 2;
             for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 4);
             break;
         }
-        default: std::memcpy(out, c, size_t(codec.block));
+        default: std::memcpy(out, c, size_t(format.block));
     }
 }
 
-inline void unpack_codes(const Quantize& codec, const uint8_t* in, uint8_t* c) {
-    switch (codec.bits) {
+inline void unpack_codes(const Quantize& format, const uint8_t* in, uint8_t* c) {
+    switch (format.bits) {
         case 0: {
-            const int64_t m = ceil_div(codec.block, kDigits);
-            for (int64_t i = 0; i < kDigits; i++)  // digit by digit: compilers make vectors of it
+            const int64_t m = ceil_div(format.block, kDigits);
+            for (int64_t i = 0; i < kDigits; i++)  // digit by digit, which compilers vectorize
                 for (int64_t j = 0; j < m; j++) {
                     const auto x = uint16_t(i ? c[(kDigits - 1) * m + j] : in[j]), third = uint16_t(x * 171 >> 9);
                     c[i * m + j] = uint8_t(i < kDigits - 1 ? x - 3 * third : x % 3);
@@ -60,13 +62,13 @@ inline void unpack_codes(const Quantize& codec, const uint8_t* in, uint8_t* c) {
             break;
         }
         case 2: {
-            const int64_t m = codec.block / 4;
+            const int64_t m = format.block / 4;
             for (int64_t i = 0; i < 4; i++)
                 for (int64_t j = 0; j < m; j++) c[i * m + j] = in[j] >> (2 * i) & 3;
             break;
         }
         case 3: {
-            const int64_t m = codec.block / 8;
+            const int64_t m = format.block / 8;
             for (int64_t j = 0; j < m; j++) {
                 const unsigned x = in[j], y = in[m + j], z = in[2 * m + j];
                 c[j] = x & 7;
@@ -81,29 +83,29 @@ inline void unpack_codes(const Quantize& codec, const uint8_t* in, uint8_t* c) {
             break;
         }
         case 4: {
-            const int64_t m = codec.block / 2;
+            const int64_t m = format.block / 2;
             for (int64_t j = 0; j < m; j++) {
                 c[j] = in[j] & 15;
                 c[m + j] = in[j] >> 4;
             }
             break;
         }
-        default: std::memcpy(c, in, size_t(codec.block));
+        default: std::memcpy(c, in, size_t(format.block));
     }
 }
 
-// One block in the first-level cache. Beyond its elements everything is zero.
+// One block in the first-level cache, zero past its last element.
 struct QuantizedBlock {
-    explicit QuantizedBlock(const Quantize& codec)
-        : codec(codec), values(size_t(codec.block)), velocities(size_t(codec.block)),
-          codes(size_t(codec.block + 2 * kDigits)) {}
+    explicit QuantizedBlock(const Quantize& format)
+        : format(format), values(size_t(format.block)), velocities(size_t(format.block)),
+          codes(size_t(format.block + 2 * kDigits)) {}
 
-    const Quantize& codec;
+    const Quantize& format;
     std::vector<float> values, velocities;
     std::vector<uint8_t> codes;
 
     // v = gradient + error, with momentum * velocity; or the error alone.
-    template <class G> void stage(const G* g, const Memory& kept, int64_t count) {
+    template <class G> void stage(const G* g, const FeedbackState& kept, int64_t count) {
         const float *e = kept.error, *u = kept.velocity, momentum = kept.momentum;
         float *v = values.data(), *w = velocities.data();
         const F8 m = splat(momentum);
@@ -120,15 +122,15 @@ struct QuantizedBlock {
             if (g && e) x = x + e[i];
             v[i] = x;
         }
-        std::fill(v + count, v + codec.block, 0.f);
+        std::fill(v + count, v + format.block, 0.f);
     }
 
-    // Adds what a worker has sent.
+    // Adds the values that a worker has sent.
     void add_codes(const uint8_t* from, float step, int64_t count) {
-        unpack_codes(codec, from, codes.data());
-        // Digits that no element has: of a corrupted push they may be anything, and the reply would repeat them.
-        std::fill(codes.begin() + codec.block, codes.end(), uint8_t(0));
-        const F8 s = splat(step), levels = splat(float(codec.levels));
+        unpack_codes(format, from, codes.data());
+        // Digits past the last element: a corrupted push may have any there, and the reply would repeat them.
+        std::fill(codes.begin() + format.block, codes.end(), uint8_t(0));
+        const F8 s = splat(step), levels = splat(float(format.levels));
         const int64_t padded = ceil_div(count, 8) * 8;
         for (int64_t i = 0; i < padded; i += 8)
             store(&values[size_t(i)], add(load(&values[size_t(i)]), mul(sub(from_bytes(&codes[size_t(i)]), levels), s)));
@@ -137,17 +139,17 @@ struct QuantizedBlock {
 
     float scale() const {
         const float* v = values.data();
-        if (codec.l2) {
+        if (format.l2) {
             RowSum sum;
-            for (int64_t i = 0; i < codec.block;) {
-                for (const int64_t end = std::min(i + kGroup, codec.block); i < end; i += kRow)
+            for (int64_t i = 0; i < format.block;) {
+                for (const int64_t end = std::min(i + kGroup, format.block); i < end; i += kRow)
                     for (int q = 0; q < 4; q++) sum.group[q] = add(sum.group[q], mul(load(v + i + 8 * q), load(v + i + 8 * q)));
                 if (i % kGroup == 0) sum.close_group();
             }
             return std::sqrt(sum.finish());
         }
         F8 largest[2] = {splat(0), splat(0)};
-        for (int64_t i = 0; i < codec.block; i += 16)
+        for (int64_t i = 0; i < format.block; i += 16)
             for (int q = 0; q < 2; q++) largest[q] = larger_magnitude(largest[q], load(v + i + 8 * q));
         float lanes[8];
         store(lanes, larger_magnitude(largest[0], largest[1]));
@@ -156,10 +158,10 @@ struct QuantizedBlock {
         return float_of(most);
     }
 
-    // Writes the block's payload, and error and velocity where there are any; `position` is what random numbers go by.
-    void settle(int64_t count, int64_t position, const Philox& random, const Memory& kept, float* step, uint8_t* out) {
+    // Writes the payload of the block, and error and velocity, if any. `position` selects the random numbers.
+    void finish(int64_t count, int64_t position, const Philox& random, const FeedbackState& kept, float* step, uint8_t* out) {
         float *error = kept.error, *velocity = kept.velocity;
-        const float s = scale(), levels = float(codec.levels);
+        const float s = scale(), levels = float(format.levels);
         if (!(s <= float_of(kMaxFinite))) {
             *step = float_of(kNaN);
             return;
@@ -169,8 +171,8 @@ struct QuantizedBlock {
         const F8 by = splat(inverse), width = splat(*step), most = splat(levels);
         F8 r[8];
         for (F8& half : r) half = splat(0.5f);
-        for (int64_t i = 0; i < codec.block; i += 8) {
-            if (codec.stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
+        for (int64_t i = 0; i < format.block; i += 8) {
+            if (format.stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
             const F8 v = load(&values[size_t(i)]), level = truncated(add(mul(abs(v), by), r[i / 8 % 8]), most);
             const F8 signed_level = with_sign_of(level, v), sent = mul(signed_level, width);
             to_bytes(add(signed_level, most), &codes[size_t(i)]);
@@ -187,71 +189,78 @@ struct QuantizedBlock {
                 }
             }
         }
-        pack_codes(codec, codes.data(), out);
+        pack_codes(format, codes.data(), out);
     }
 };
 
 struct CodesOfBlock { float step; const uint8_t* codes; };
 inline float* step_in(uint8_t* chunk, int64_t block) { return reinterpret_cast<float*>(chunk) + block; }
-inline CodesOfBlock codes_in(const Quantize& codec, const uint8_t* chunk, int64_t block) {
-    return {reinterpret_cast<const float*>(chunk)[block], chunk + codec.codes_at + block * codec.block_bytes()};
+inline CodesOfBlock codes_in(const Quantize& format, const uint8_t* chunk, int64_t block) {
+    return {reinterpret_cast<const float*>(chunk)[block], chunk + format.codes_at + block * format.block_bytes()};
 }
 
-inline Philox random_of(const Quantize& codec, const Memory& memory) {
-    return {{uint32_t(codec.seed), uint32_t(codec.seed >> 32)}, {memory.step, memory.bucket, memory.sender}};
+inline FeedbackState at_position(FeedbackState state, int64_t position) {
+    if (state.error) state.error += position;
+    if (state.velocity) state.velocity += position;
+    return state;
 }
 
-void quantize_encode(const Quantize& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks,
+inline Philox random_of(const Quantize& format, const FeedbackState& state) {
+    return {{uint32_t(format.seed), uint32_t(format.seed >> 32)}, {state.step, state.bucket, state.sender}};
+}
+
+void quantize_encode(const Quantize& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
                      int threads) {
-    const Philox random = random_of(codec, memory);
+    const Philox random = random_of(format, state);
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
         parallel(threads, [&](int t) {
-            QuantizedBlock block(codec);
-            for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
-                const int64_t shard = position / layout.shard_numel, at = (position - shard * layout.shard_numel) / codec.block;
-                uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            QuantizedBlock block(format);
+            for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+                const int64_t shard = position / layout.shard_numel;
+                const int64_t at = (position - shard * layout.shard_numel) / format.block;
+                uint8_t* chunk = chunks + shard * format.chunk_bytes;
                 const G* g = gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[i]) + first;
-                const Memory kept = memory.from(position);
+                const FeedbackState kept = at_position(state, position);
                 block.stage(g, kept, count);
-                uint8_t* codes = chunk + codec.codes_at + at * codec.block_bytes();
-                block.settle(count, position, random, kept, step_in(chunk, at), codes);
+                uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
+                block.finish(count, position, random, kept, step_in(chunk, at), codes);
             });
         });
     });
 }
 
-void quantize_serve(const Quantize& codec, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
-                    Memory memory, uint8_t* chunk, int threads) {
-    const Philox random = random_of(codec, memory);
+void quantize_serve(const Quantize& format, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
+                    FeedbackState state, uint8_t* chunk, int threads) {
+    const Philox random = random_of(format, state);
     parallel(threads, [&](int t) {
-        QuantizedBlock block(codec);
-        std::vector<float> zeros(size_t(codec.block));
-        for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
-            const int64_t at = position / codec.block;
-            const Memory kept = memory.from(position);
-            block.stage<float>(nullptr, kept.error ? kept : Memory{zeros.data()}, count);
+        QuantizedBlock block(format);
+        std::vector<float> zeros(size_t(format.block));
+        for_blocks(layout, format.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            const int64_t at = position / format.block;
+            const FeedbackState kept = at_position(state, position);
+            block.stage<float>(nullptr, kept.error ? kept : FeedbackState{zeros.data()}, count);
             for (int64_t w = 0; w < workers; w++) {
-                const CodesOfBlock from = codes_in(codec, pushed + w * codec.chunk_bytes, at);
+                const CodesOfBlock from = codes_in(format, pushed + w * format.chunk_bytes, at);
                 block.add_codes(from.codes, from.step * weight, count);
             }
-            block.settle(count, position, random, kept, step_in(chunk, at), chunk + codec.codes_at + at * codec.block_bytes());
+            uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
+            block.finish(count, position, random, kept, step_in(chunk, at), codes);
         });
     });
 }
 
-void quantize_decode(const Quantize& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+void quantize_decode(const Quantize& format, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
         const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
         parallel(threads, [&](int t) {
-            std::vector<uint8_t> codes(size_t(codec.block + 2 * kDigits));
-            const F8 levels = splat(float(codec.levels));
-            for_blocks(layout, codec.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
-                const int64_t shard = position / layout.shard_numel;
-                const CodesOfBlock from =
-                    codes_in(codec, chunks + shard * codec.chunk_bytes, (position - shard * layout.shard_numel) / codec.block);
-                unpack_codes(codec, from.codes, codes.data());
+            std::vector<uint8_t> codes(size_t(format.block + 2 * kDigits));
+            const F8 levels = splat(float(format.levels));
+            for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
+                const int64_t shard = position / layout.shard_numel, inside = position - shard * layout.shard_numel;
+                const CodesOfBlock from = codes_in(format, chunks + shard * format.chunk_bytes, inside / format.block);
+                unpack_codes(format, from.codes, codes.data());
                 G* to = static_cast<G*>(gradients.data[i]) + first;
                 const F8 step = splat(from.step);
                 const bool past_caches = large && reinterpret_cast<uintptr_t>(to) % 32 == 0;
@@ -271,14 +280,14 @@ void quantize_decode(const Quantize& codec, const Layout& layout, const uint8_t*
     });
 }
 
-void quantize_accumulate(const Quantize& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
+void quantize_accumulate(const Quantize& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
                          int threads) {
     parallel(threads, [&](int t) {
-        std::vector<uint8_t> codes(size_t(codec.block + 2 * kDigits));
-        const F8 levels = splat(float(codec.levels));
-        for_blocks(layout, codec.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
-            const CodesOfBlock from = codes_in(codec, chunk, position / codec.block);
-            unpack_codes(codec, from.codes, codes.data());
+        std::vector<uint8_t> codes(size_t(format.block + 2 * kDigits));
+        const F8 levels = splat(float(format.levels));
+        for_blocks(layout, format.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
+            const CodesOfBlock from = codes_in(format, chunk, position / format.block);
+            unpack_codes(format, from.codes, codes.data());
             const F8 step = splat(from.step * weight);
             for (int64_t j = 0; j < count; j += 8) {
                 const F8 values = mul(sub(from_bytes(&codes[size_t(j)]), levels), step);
@@ -294,5 +303,12 @@ void quantize_accumulate(const Quantize& codec, const Layout& layout, const uint
         });
     });
 }
+
+bool quantize_is_within(const Quantize& format, const Layout& layout, const uint8_t* chunks, int64_t count, float limit) {
+    const float most = bits_of(limit) == kMaxFinite ? limit : float(double(limit) / double(format.levels));  // of a step
+    return all_within<float>(chunks, count, format.chunk_bytes, 0, layout.shard_numel / format.block, most);
+}
+
+constexpr decltype(Passes<Quantize>::fault) quantize_fault = nullptr;
 
 }  // namespace

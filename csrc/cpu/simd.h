@@ -14,50 +14,20 @@
 
 namespace {  // each translation unit owns its copy: an AVX2 body must never be linked into the portable path
 
-struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
-
-constexpr uint32_t kSignBit = 0x80000000u;
-constexpr uint32_t kMaxFinite = 0x7f7fffffu;
-constexpr uint32_t kNaN = 0x7fc00000u;  // the one NaN that travels: bit patterns must not depend on the processor
-
 inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
 inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline int leading_zeros(uint32_t x) { return __builtin_clz(x); }
+
+}  // namespace
+
+#define DS_FUNCTION inline
+#include "../shared/half.h"
+
+namespace {
+
+// ---- one element
+
 inline uint32_t magnitude(float x) { return bits_of(x) & ~kSignBit; }
-
-// ---- one element: conversions on integers, so that flushing denormals cannot reach inside them
-
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline float to_float(Half x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31, fraction = x.bits & 0x3ffu;
-    if (exponent == 31) return float_of(sign | 0x7f800000u | (fraction ? 0x400000u | fraction << 13 : 0));
-    if (exponent) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-    if (!fraction) return float_of(sign);
-    const int shift = __builtin_clz(fraction) - 21;  // a half denormal is a normal float
-    return float_of(sign | uint32_t(113 - shift) << 23 | ((fraction << (shift + 13)) & 0x7fffffu));
-}
-
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, BFloat16* out) {
-    const uint32_t u = bits_of(x);
-    out->bits = (u & ~kSignBit) > 0x7f800000u ? 0x7fc0 : uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
-}
-inline void from_float(float x, Half* out) {
-    const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, m = u & ~kSignBit;
-    uint32_t h;
-    if (m > 0x7f800000u) h = 0x7e00u | ((m >> 13) & 0x1ffu);
-    else if (m >= 0x477ff000u) h = m < 0x7f800000u ? 0x7bffu : 0x7c00u;  // what is finite stays so
-    else if (m >= 0x38800000u) h = (m + 0xfffu + ((m >> 13) & 1) - 0x38000000u) >> 13;
-    else if (m < 0x33000000u) h = 0;  // under half of the smallest half denormal
-    else {
-        const uint32_t fraction = (m & 0x7fffffu) | 0x800000u, shift = 126 - (m >> 23);
-        h = fraction >> shift;
-        const uint32_t rest = fraction & ((1u << shift) - 1), tie = 1u << (shift - 1);
-        h += rest > tie || (rest == tie && (h & 1));
-    }
-    out->bits = uint16_t(sign | h);
-}
 // The magnitude or, where that is less, the limit, with the sign; not of NaN.
 inline float limited(float x, float limit) {
     return float_of(std::min(magnitude(x), bits_of(limit)) | (bits_of(x) & kSignBit));

@@ -1,8 +1,8 @@
 // The k largest magnitudes of a shard, exactly: ties go to the lowest index. Included by each translation unit of kernels.
 //
-// One dense pass forms v = gradient + error, writes it where the error was, and collects the candidates over a threshold
-// guessed from a sample; an exact radix selection then looks at the candidates only. Should the guess have been too high,
-// or so low that candidates pile up, the selection runs over all elements instead: slower, the same result.
+// One dense pass computes v = gradient + error, stores it in place of the error, and collects the candidates above a threshold
+// estimated from a sample. An exact radix selection then reads the candidates only. If the estimate was too high, or so low
+// that there is no room for all candidates, the selection reads all elements instead: slower, with the same result.
 #pragma once
 
 #include <memory>
@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "sums.h"
 #include "walk.h"
+#include "within.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ constexpr int64_t kEntries = 64;   // entries that share a magnitude, where only
 
 constexpr uint32_t kAllNotFinite = 0xffffffffu;  // as the first count: the whole shard is NaN
 
-constexpr int64_t kTile = 2048;   // elements that are worked on in the first-level cache
+constexpr int64_t kTile = 2048;   // elements that stay in the first-level cache
 constexpr int64_t kAheadOfEntries = 32;
 
 inline uint32_t* counts_in(uint8_t* chunk) { return reinterpret_cast<uint32_t*>(chunk); }
@@ -32,25 +33,25 @@ inline Half half_of(float v) {
     return h;
 }
 
-// Where a run's entries lie in a chunk: how many entries are before them, and bytes of each part (kernels/formats.py).
+// Where the entries of a run begin in a chunk: entries before them, and bytes in each part (kernels/formats.py).
 struct Place {
     int64_t entries = 0, scales = 0, upper = 0, low = 0;
 };
 
-inline int width(const TopK& codec) { return codec.low_bits + (codec.values == Values::sign); }
-inline int64_t upper_bytes(const TopK& codec, int64_t numel, int64_t entries) {
-    const int64_t rows = ceil_div(numel, int64_t(1) << codec.low_bits);
-    return ceil_div(rows + (codec.low_bits ? entries : 0), 8);
+inline int width(const TopK& format) { return format.low_bits + (format.values == Values::sign); }
+inline int64_t upper_bytes(const TopK& format, int64_t numel, int64_t entries) {
+    const int64_t rows = ceil_div(numel, int64_t(1) << format.low_bits);
+    return ceil_div(rows + (format.low_bits ? entries : 0), 8);
 }
-// From one run to the next.
-inline void advance(const TopK& codec, int64_t numel, int64_t entries, Place& at) {
+// Moves on to the next run.
+inline void advance(const TopK& format, int64_t numel, int64_t entries, Place& at) {
     at.entries += entries;
     at.scales += ceil_div(entries, kEntries) * int64_t(sizeof(BFloat16));
-    at.upper += upper_bytes(codec, numel, entries);
-    at.low += ceil_div(entries * width(codec), 8);
+    at.upper += upper_bytes(format, numel, entries);
+    at.low += ceil_div(entries * width(format), 8);
 }
 
-// Fields of so many bits, one after the other from the lowest bit of a byte on.
+// Writes fields of equal width, packed from the lowest bit of a byte on.
 class FieldWriter {
 public:
     FieldWriter(uint8_t* to, int width) : to_(to), width_(width) {}
@@ -73,7 +74,7 @@ private:
     int bits_ = 0;
 };
 
-// It reads up to kReadAhead bytes more than there are fields.
+// Reads such fields. It accesses up to 8 bytes past the last one.
 class FieldReader {
 public:
     FieldReader(const uint8_t* from, int width) : from_(from), width_(width), mask_((1u << width) - 1) {}
@@ -92,16 +93,16 @@ private:
     int64_t bit_ = 0;
 };
 
-// visit(entry, offset, sign bit of a float) for the entries of a run. Returns how many there are: of a corrupted payload not
-// `count`, of which it visits no more, at offsets that may be anything up to twice a run.
+// Calls visit(entry, offset, sign bit of a float) for at most `count` entries of a run, and returns how many there are. In a
+// corrupted payload these may be more or fewer, at any offsets up to twice the length of a run.
 template <class Visit>
-inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
+inline int64_t read_offsets(const TopK& format, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
                             const Visit& visit) {
-    const int b = codec.low_bits;
+    const int b = format.low_bits;
     const uint32_t low_mask = (1u << b) - 1;
-    const int64_t bytes = upper_bytes(codec, numel, count), spread = b ? 1 : 0;
-    const uint8_t* upper = chunk + codec.upper_at + at.upper;
-    FieldReader low(chunk + codec.low_at + at.low, width(codec));
+    const int64_t bytes = upper_bytes(format, numel, count), spread = b ? 1 : 0;
+    const uint8_t* upper = chunk + format.upper_at + at.upper;
+    FieldReader low(chunk + format.low_at + at.low, width(format));
     int64_t entry = 0;
     for (int64_t i = 0; i < bytes; i += 8) {
         uint64_t word = 0;
@@ -117,21 +118,21 @@ inline int64_t read_offsets(const TopK& codec, const uint8_t* chunk, const Place
     return entry;
 }
 
-// The entries of a sound run.
-inline void read_run(const TopK& codec, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
+// Reads the entries of a run that has been checked.
+inline void read_run(const TopK& format, const uint8_t* chunk, const Place& at, int64_t numel, int64_t count,
                      uint16_t* offsets, float* values) {
-    const auto* scales = reinterpret_cast<const BFloat16*>(chunk + codec.scales_at + at.scales);
-    const auto* full = reinterpret_cast<const float*>(chunk + codec.values_at) + at.entries;
-    const auto* half = reinterpret_cast<const Half*>(chunk + codec.values_at) + at.entries;
-    read_offsets(codec, chunk, at, numel, count, [&](int64_t entry, int64_t offset, uint32_t sign) {
+    const auto* scales = reinterpret_cast<const BFloat16*>(chunk + format.scales_at + at.scales);
+    const auto* full = reinterpret_cast<const float*>(chunk + format.values_at) + at.entries;
+    const auto* half = reinterpret_cast<const Half*>(chunk + format.values_at) + at.entries;
+    read_offsets(format, chunk, at, numel, count, [&](int64_t entry, int64_t offset, uint32_t sign) {
         offsets[entry] = uint16_t(offset);
         values[entry] = float_of(sign);
     });
-    switch (codec.values) {
+    switch (format.values) {
         case Values::fp32: std::memcpy(values, full, size_t(count) * sizeof(float)); break;
         case Values::fp16: for (int64_t i = 0; i < count; i++) values[i] = to_float(half[i]); break;
         case Values::sign:
-            for (int64_t i = 0; i < count; i += kEntries) {  // without a branch: signs cannot be predicted
+            for (int64_t i = 0; i < count; i += kEntries) {  // branch-free, since signs are unpredictable
                 const uint32_t scale = bits_of(to_float(scales[i / kEntries]));
                 for (int64_t j = i; j < std::min(i + kEntries, count); j++) values[j] = float_of(scale ^ bits_of(values[j]));
             }
@@ -139,39 +140,39 @@ inline void read_run(const TopK& codec, const uint8_t* chunk, const Place& at, i
 }
 
 // Where each run of each shard begins.
-inline std::vector<Place> places(const TopK& codec, const Layout& layout, const uint8_t* chunks) {
+inline std::vector<Place> places(const TopK& format, const Layout& layout, const uint8_t* chunks) {
     const int64_t runs = ceil_div(layout.shard_numel, kRun);
     std::vector<Place> found(size_t(layout.shards * runs), Place{});
     for (int64_t s = 0; s < layout.shards; s++)
         for (int64_t r = 1; r < runs; r++) {
             Place& at = found[size_t(s * runs + r)] = found[size_t(s * runs + r - 1)];
-            advance(codec, run_numel(layout, r - 1), counts_in(chunks + s * codec.chunk_bytes)[r - 1], at);
+            advance(format, run_numel(layout, r - 1), counts_in(chunks + s * format.chunk_bytes)[r - 1], at);
         }
     return found;
 }
 
 struct Candidate { uint32_t position; float value; };  // position within the shard
 
-// What one thread has found in its part of a shard, and its share of the common selection.
+// The candidates that one thread finds in its part of a shard, and its share of the selection.
 struct Finder {
-    // Ascending. Error and velocity already hold what is left once they are sent, but for the error of signs, whose
-    // magnitude is not known yet.
+    // In ascending order. Error and velocity already hold the values they have after sending, except for the error of signs,
+    // whose magnitude is not known yet.
     std::unique_ptr<Candidate[]> candidates;
-    std::unique_ptr<float[]> velocities;  // as they are where it is not sent
+    std::unique_ptr<float[]> velocities;  // of the candidates, to be restored if they are not sent
     int64_t count = 0, room = 0;
-    bool piled_up = false;             // more candidates than there is room for
+    bool overflowed = false;           // more candidates than there is room for
     std::vector<uint32_t> not_finite;  // ascending, at most k + 1
     std::vector<uint32_t> histogram = std::vector<uint32_t>(2048);
     int64_t above = 0, equal = 0;      // how many exceed, how many equal the k-th largest magnitude
 
     void start(int64_t limit, bool has_velocity) {
         if (limit > room) {
-            candidates.reset(new Candidate[size_t(limit)]);  // not initialized: what is not needed is never touched
+            candidates.reset(new Candidate[size_t(limit)]);  // uninitialized, so that unused pages are never touched
             if (has_velocity) velocities.reset(new float[size_t(limit)]);
             room = limit;
         }
         count = 0;
-        piled_up = false;
+        overflowed = false;
         not_finite.clear();
     }
 };
@@ -179,10 +180,10 @@ struct Finder {
 template <class G>
 class ShardEncoder {
 public:
-    ShardEncoder(const TopK& codec, const Layout& layout, const void* const* gradients, Memory memory, uint8_t* chunks,
+    ShardEncoder(const TopK& format, const Layout& layout, const void* const* gradients, FeedbackState state, uint8_t* chunks,
                  int threads)
-        : codec_(codec), layout_(layout), gradients_(gradients), error_(memory.error), velocity_(memory.velocity),
-          momentum_(memory.momentum), chunks_(chunks), threads_(threads), barrier_(threads),
+        : format_(format), layout_(layout), gradients_(gradients), error_(state.error), velocity_(state.velocity),
+          momentum_(state.momentum), chunks_(chunks), threads_(threads), barrier_(threads),
           finders_(size_t(threads)) {}
 
     // All threads call it, shard after shard.
@@ -193,13 +194,13 @@ public:
         collect(mine, begin(t), begin(t + 1));
         barrier_.wait();
         const bool finite = !any([](const Finder& f) { return !f.not_finite.empty(); });
-        const bool guessed = found() >= need_ && !any([](const Finder& f) { return f.piled_up; });
+        const bool guessed = found() >= need_ && !any([](const Finder& f) { return f.overflowed; });
         if (t == 0) {
             low_ = guessed ? threshold_ : 0;
             high_ = kMaxFinite + 1;
             remaining_ = need_;
         }
-        barrier_.wait();  // all have read what all have found
+        barrier_.wait();  // every thread has read the other threads' results
         if (finite && guessed) {
             const int64_t count = mine.count;
             select(t, false, [&](const auto& visit) {
@@ -207,7 +208,7 @@ public:
                     visit(mine.candidates[size_t(c)].position, mine.candidates[size_t(c)].value);
             });
         } else {
-            take_back(mine);
+            restore_all(mine);
             if (finite) select(t, true, [&](const auto& visit) { each_value(begin(t), begin(t + 1), visit); });
             else if (t == 0) send_not_finite();
         }
@@ -217,7 +218,7 @@ public:
 private:
     int64_t runs() const { return ceil_div(layout_.shard_numel, kRun); }
     int64_t first_run(int t) const { return runs() * t / threads_; }
-    int64_t begin(int t) const {  // of a thread's part: whole runs, so that no byte has two writers
+    int64_t begin(int t) const {  // of a thread's part, in whole runs, so that no two threads write one byte
         return base_ + std::min(first_run(t) * kRun, layout_.shard_numel);
     }
     float value(int64_t tensor, int64_t element, int64_t position) const {
@@ -238,16 +239,16 @@ private:
 
     void prepare(int64_t shard) {
         base_ = shard * layout_.shard_numel;
-        chunk_ = chunks_ + shard * codec_.chunk_bytes;
+        chunk_ = chunks_ + shard * format_.chunk_bytes;
         int64_t real = 0;
         for_range(layout_, base_, base_ + layout_.shard_numel,
                   [&](int64_t, int64_t, int64_t count, int64_t) { real += count; });
-        need_ = std::min(codec_.k, real);
+        need_ = std::min(format_.k, real);
         limit_ = std::max(need_, (need_ * 4 + kRun) / threads_ + kRun);
         threshold_ = guess_threshold(real);
     }
 
-    // The magnitude that a little more than the k largest should reach, from lines of 16 neighbours spread evenly.
+    // Estimates the magnitude that slightly more than k elements reach, from evenly spaced groups of 16 neighbours.
     uint32_t guess_threshold(int64_t real) {
         const int64_t lines = std::max<int64_t>(real / 16, 1), wanted = std::clamp<int64_t>(real / 512, 1024, 16384) / 16;
         const int64_t step = std::max<int64_t>(lines / wanted, 1);
@@ -268,7 +269,8 @@ private:
         return std::clamp(sample_[size_t(rank)], 1u, kMaxFinite - 1);  // zeros are never candidates
     }
 
-    // The dense pass, tile by tile: v over the error, and the hits while the tile is still in the first-level cache.
+    // The dense pass, tile by tile: stores v in place of the error, and collects candidates while the tile is still in the
+    // first-level cache.
     void collect(Finder& mine, int64_t from, int64_t to) {
         mine.start(limit_, velocity_ != nullptr);
         for_range(layout_, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
@@ -322,13 +324,13 @@ private:
         if (i < count)
             n = add_places(take_singly<HasGradient, HasError, HasVelocity>(mine, g, e, u, i, count, in_shard), i, found, n);
 
-        if (mine.count + n > limit_) mine.piled_up = true;
-        if (mine.piled_up) return;
+        if (mine.count + n > limit_) mine.overflowed = true;
+        if (mine.overflowed) return;
         Candidate* next = mine.candidates.get() + mine.count;
         for (int64_t c = 0; c < n; c++) {
             const float v = HasError ? e[found[c]] : to_float(g[found[c]]) + 0.f;
             next[c] = {in_shard + found[c], v};
-            if (HasError && codec_.values != Values::sign) e[found[c]] = left_over(v);
+            if (HasError && format_.values != Values::sign) e[found[c]] = left_over(v);
             if (HasVelocity) {
                 mine.velocities[size_t(mine.count + c)] = u[found[c]];
                 u[found[c]] = 0.f;
@@ -337,7 +339,7 @@ private:
         mine.count += n;
     }
 
-    // Appends the places of the set bits. Four at a time, whether they are there or not: faster than guessing how many.
+    // Appends the positions of the set bits, always in groups of four: faster than a branch on their number.
     static int64_t add_places(uint64_t bits, int64_t first, uint16_t* places, int64_t n) {
         const int64_t end = n + __builtin_popcountll(bits);
         do
@@ -347,7 +349,7 @@ private:
         return end;
     }
 
-    // At most 64 values, some of which may not be finite: those are put aside, and their error stays as it was.
+    // Handles up to 64 values one by one. Those that are not finite are recorded, and their error stays as it was.
     template <bool HasGradient, bool HasError, bool HasVelocity>
     uint64_t take_singly(Finder& mine, const G* g, float* e, float* u, int64_t from, int64_t to, uint32_t in_shard) {
         uint64_t hits = 0;
@@ -356,8 +358,8 @@ private:
             if (HasVelocity) w = momentum_ * u[j] + w;
             const float v = HasGradient ? w + (HasError ? e[j] : 0.f) : e[j];
             if (magnitude(v) > kMaxFinite) {
-                // One more than can be sent is enough to know.
-                if (int64_t(mine.not_finite.size()) <= codec_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
+                // More than k + 1 of them make no difference.
+                if (int64_t(mine.not_finite.size()) <= format_.k) mine.not_finite.push_back(in_shard + uint32_t(j));
                 continue;
             }
             if (HasGradient && HasError) e[j] = v;
@@ -367,23 +369,23 @@ private:
         return hits;
     }
 
-    // Once v is sent, unless as a sign.
-    float left_over(float v) const { return codec_.values == Values::fp16 ? v - to_float(half_of(v)) : 0.f; }
+    // The error once v is sent, unless as a sign.
+    float left_over(float v) const { return format_.values == Values::fp16 ? v - to_float(half_of(v)) : 0.f; }
 
-    // A shard with values that are not finite sends those and nothing else: its finite values wait in the error. Where
-    // there are more than k of them, the whole shard travels as not finite.
+    // A shard with non-finite values sends those alone; its finite values remain in the error. If there are more than k of
+    // them, the whole shard is sent as NaN.
     void send_not_finite() {
         std::vector<Candidate> entries;
         for (const Finder& f : finders_)
             for (uint32_t position : f.not_finite) entries.push_back({position, float_of(kNaN)});
-        const bool all = int64_t(entries.size()) > codec_.k;
+        const bool all = int64_t(entries.size()) > format_.k;
         if (all) entries.assign(1, {0, float_of(kNaN)});
         write_runs(0, runs(), Place{}, entries.data(), entries.data() + entries.size(), [](const Candidate&, float) {});
         if (all) counts_in(chunk_)[0] = kAllNotFinite;
     }
 
-    // Gives the candidates back to error and velocity.
-    void take_back(Finder& mine) {
+    // Restores error and velocity of all candidates.
+    void restore_all(Finder& mine) {
         for (int64_t c = 0; c < mine.count; c++) restore(mine, c);
         mine.count = 0;
     }
@@ -393,30 +395,30 @@ private:
         if (velocity_) velocity_[position] = mine.velocities[size_t(c)];
     }
 
-    // Writes entries of some runs, in ascending order. settle(entry, what arrives of it) is told of each.
-    template <class Settle>
+    // Writes the entries of some runs, in ascending order, and calls on_entry(entry, value that readers will see) for each.
+    template <class OnEntry>
     void write_runs(int64_t run, int64_t last_run, Place at, const Candidate* entry, const Candidate* end,
-                    const Settle& settle) {
+                    const OnEntry& on_entry) {
         for (; run < last_run; run++) {
             const Candidate* next = entry;
             while (next < end && next->position < (run + 1) * kRun) next++;
             counts_in(chunk_)[run] = uint32_t(next - entry);
-            write_run(at, run_numel(layout_, run), entry, next - entry, settle);
-            advance(codec_, run_numel(layout_, run), next - entry, at);
+            write_run(at, run_numel(layout_, run), entry, next - entry, on_entry);
+            advance(format_, run_numel(layout_, run), next - entry, at);
             entry = next;
         }
     }
 
-    template <class Settle>
-    void write_run(const Place& at, int64_t run_numel, const Candidate* entry, int64_t count, const Settle& settle) {
-        const int b = codec_.low_bits, bits = width(codec_);
-        uint8_t* upper = chunk_ + codec_.upper_at + at.upper;
-        FieldWriter low(chunk_ + codec_.low_at + at.low, bits);
+    template <class OnEntry>
+    void write_run(const Place& at, int64_t run_numel, const Candidate* entry, int64_t count, const OnEntry& on_entry) {
+        const int b = format_.low_bits, bits = width(format_);
+        uint8_t* upper = chunk_ + format_.upper_at + at.upper;
+        FieldWriter low(chunk_ + format_.low_at + at.low, bits);
         uint64_t word = 0;  // of the upper bits, from byte 8 * words on
         int64_t words = 0;
-        auto* scales = reinterpret_cast<BFloat16*>(chunk_ + codec_.scales_at + at.scales);
-        auto* full = reinterpret_cast<float*>(chunk_ + codec_.values_at) + at.entries;
-        auto* half = reinterpret_cast<Half*>(chunk_ + codec_.values_at) + at.entries;
+        auto* scales = reinterpret_cast<BFloat16*>(chunk_ + format_.scales_at + at.scales);
+        auto* full = reinterpret_cast<float*>(chunk_ + format_.values_at) + at.entries;
+        auto* half = reinterpret_cast<Half*>(chunk_ + format_.values_at) + at.entries;
         float scale = 0.f;
         for (int64_t i = 0; i < count; i++) {
             const uint32_t offset = entry[i].position % kRun;
@@ -429,24 +431,24 @@ private:
             }
             word |= uint64_t(1) << bit % 64;
             float arrives = v;
-            if (codec_.values == Values::sign) {
+            if (format_.values == Values::sign) {
                 if (i % kEntries == 0) {
                     from_float(mean_magnitude(entry + i, std::min(kEntries, count - i)), scales + i / kEntries);
                     scale = to_float(scales[i / kEntries]);
                 }
                 arrives = float_of(bits_of(scale) | (bits_of(v) & kSignBit));
-            } else if (codec_.values == Values::fp16) {
+            } else if (format_.values == Values::fp16) {
                 half[i] = half_of(v);
                 arrives = to_float(half[i]);
             } else {
                 full[i] = v;
             }
             if (bits) low.put((offset & ((1u << b) - 1)) | (bits > b ? bits_of(v) >> 31 << b : 0));
-            settle(entry[i], arrives);
+            on_entry(entry[i], arrives);
         }
         if (!count) return;
         low.finish();
-        std::memcpy(upper + 8 * words, &word, size_t(std::min<int64_t>(8, upper_bytes(codec_, run_numel, count) - 8 * words)));
+        std::memcpy(upper + 8 * words, &word, size_t(std::min<int64_t>(8, upper_bytes(format_, run_numel, count) - 8 * words)));
     }
 
     // Of up to kEntries entries, the largest bfloat16 at most.
@@ -460,7 +462,7 @@ private:
         return mean > largest ? largest : mean;
     }
 
-    // visit(position in the shard, value) for all values: the error holds them by now, where there is one.
+    // Calls visit(position in the shard, value) for all values, which the error holds by now, if there is one.
     template <class Visit> void each_value(int64_t from, int64_t to, const Visit& visit) const {
         for_range(layout_, from, to, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
             for (int64_t j = 0; j < count; j++)
@@ -468,15 +470,15 @@ private:
         });
     }
 
-    // Finds the need_-th largest magnitude by narrowing the interval low_ .. high_ that it lies in, at most 2048 bins at a
-    // time, and sends the entries in ascending order. values(visit) goes through this thread's part, in order; they lie
-    // in the error where `in_error`, else the error holds what is left once they are sent.
+    // Finds the need_-th largest magnitude by narrowing the interval low_ .. high_ that contains it, at most 2048 bins at a
+    // time, and sends the entries in ascending order. values(visit) iterates over this thread's part, in order. If `in_error`,
+    // the error holds the values, otherwise what remains of them after sending.
     template <class EachValue> void select(int t, bool in_error, const EachValue& values) {
         Finder& mine = finders_[size_t(t)];
         mine.above = 0;
         for (bool first = true; high_ - low_ > 1; first = false) {
             std::fill(mine.histogram.begin(), mine.histogram.end(), 0);
-            // The first bins are an octave's, over which candidates spread; what exceeds it shares the last bin.
+            // The first bins cover one octave, in which most candidates lie. Everything above it shares the last bin.
             const uint32_t low = low_, octave = first && !in_error ? std::min(high_ - low, 1u << 23) : high_ - low;
             const int shift = std::max(0, 32 - __builtin_clz(octave - 1) - 11);
             const uint32_t inside = high_ - low, last = (octave - 1) >> shift;
@@ -503,7 +505,7 @@ private:
         }
         barrier_.wait();
         const uint32_t least = low_;
-        // Before this thread's part: entries sent, ties still to give. A zero is not sent: as a sign it would not stay one.
+        // Entries sent before this thread's part, and ties that remain. Zeros are not sent: a sign would not preserve them.
         int64_t entry = 0, ties = least ? remaining_ : 0;
         for (int other = 0; other < t; other++) {
             const Finder& f = finders_[size_t(other)];
@@ -511,7 +513,7 @@ private:
             entry += f.above + given;
             ties -= given;
         }
-        // The entries to be sent, over the candidates they are picked from.
+        // The entries to be sent overwrite the candidates from which they are chosen.
         const int64_t most = need_ - entry;
         int64_t sent = 0, seen = 0;
         values([&](uint32_t position, float v) {
@@ -521,23 +523,24 @@ private:
             seen++;
         });
         const Candidate *begin = mine.candidates.get(), *end = begin + sent;
-        uint32_t* counts = counts_in(chunk_);
+        uint32_t* counts = counts_in(chunk_);  // of this thread's runs: no other thread writes them
+        std::fill(counts + first_run(t), counts + first_run(t + 1), 0u);
         for (const Candidate* c = begin; c < end; c++) counts[c->position / kRun]++;
         barrier_.wait();  // each thread needs to know where its runs begin
         Place at;
-        for (int64_t run = 0; run < first_run(t); run++) advance(codec_, run_numel(layout_, run), counts[run], at);
-        const bool settle_error = error_ && (in_error || codec_.values == Values::sign);
-        const bool settle_velocity = velocity_ && in_error;
+        for (int64_t run = 0; run < first_run(t); run++) advance(format_, run_numel(layout_, run), counts[run], at);
+        const bool write_error = error_ && (in_error || format_.values == Values::sign);
+        const bool clear_velocity = velocity_ && in_error;
         write_runs(first_run(t), first_run(t + 1), at, begin, end, [&](const Candidate& c, float arrives) {
-            if (settle_error) {
+            if (write_error) {
                 if (end - &c > kAheadOfEntries) prefetch(error_ + base_ + (&c + kAheadOfEntries)->position);
                 error_[base_ + c.position] = c.value - arrives;
             }
-            if (settle_velocity) velocity_[base_ + c.position] = 0.f;
+            if (clear_velocity) velocity_[base_ + c.position] = 0.f;
         });
     }
 
-    const TopK& codec_;
+    const TopK& format_;
     const Layout& layout_;
     const void* const* gradients_;
     float *error_, *velocity_;
@@ -547,16 +550,17 @@ private:
     Barrier barrier_;
     std::vector<Finder> finders_;
     std::vector<uint32_t> sample_;
-    // of the shard at hand
+    // of the current shard
     int64_t base_ = 0, need_ = 0, limit_ = 0, remaining_ = 0;
     uint8_t* chunk_ = nullptr;
     uint32_t threshold_ = 0, low_ = 0, high_ = 0, bin_ = 0;
 };
 
-void top_k_encode(const TopK& codec, const Layout& layout, Tensors gradients, Memory memory, uint8_t* chunks, int threads) {
+void top_k_encode(const TopK& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
+                  int threads) {
     const void* const* data = gradients.dtype == Dtype::none ? nullptr : gradients.data;
     with_element_type(gradients.dtype, [&](auto* type) {
-        ShardEncoder<std::remove_pointer_t<decltype(type)>> encoder(codec, layout, data, memory, chunks, threads);
+        ShardEncoder<std::remove_pointer_t<decltype(type)>> encoder(format, layout, data, state, chunks, threads);
         parallel(threads, [&](int t) { for (int64_t shard = 0; shard < layout.shards; shard++) encoder.encode(t, shard); });
     });
 }
@@ -573,18 +577,18 @@ template <class G> inline void copy_out(G* to, const G* from, int64_t count, boo
 }
 
 template <class G>
-void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
+void scatter(const TopK& format, const Layout& layout, const uint8_t* chunks, void* const* gradients, int threads) {
     const int64_t runs = ceil_div(layout.shard_numel, kRun), total = layout.shards * runs;
-    const std::vector<Place> begins = places(codec, layout, chunks);
+    const std::vector<Place> begins = places(format, layout, chunks);
     const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
     parallel(threads, [&](int t) {
-        std::vector<G> tile(size_t(kTile), G{});  // zeros, but for the entries at hand
-        std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
+        std::vector<G> tile(size_t(kTile), G{});  // zeros, except for the current entries
+        std::vector<uint16_t> offsets(size_t(std::min(format.k, kRun)));
         std::vector<float> values(offsets.size());
         for (int64_t at = total * t / threads; at < total * (t + 1) / threads; at++) {
             const int64_t shard = at / runs, run = at % runs;
             const int64_t begin = shard * layout.shard_numel + run * kRun, end = begin + run_numel(layout, run);
-            const uint8_t* chunk = chunks + shard * codec.chunk_bytes;
+            const uint8_t* chunk = chunks + shard * format.chunk_bytes;
             if (counts_in(chunk)[0] == kAllNotFinite) {
                 for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t) {
                     G* to = static_cast<G*>(gradients[tensor]) + first;
@@ -593,7 +597,7 @@ void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, voi
                 continue;
             }
             const int64_t last = counts_in(chunk)[run];
-            read_run(codec, chunk, begins[size_t(at)], end - begin, last, offsets.data(), values.data());
+            read_run(format, chunk, begins[size_t(at)], end - begin, last, offsets.data(), values.data());
             int64_t entry = 0;
             for_range(layout, begin, end, [&](int64_t tensor, int64_t first, int64_t count, int64_t position) {
                 G* to = static_cast<G*>(gradients[tensor]) + first;
@@ -611,31 +615,90 @@ void scatter(const TopK& codec, const Layout& layout, const uint8_t* chunks, voi
     });
 }
 
-void top_k_decode(const TopK& codec, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
+void top_k_decode(const TopK& format, const Layout& layout, const uint8_t* chunks, Tensors gradients, int threads) {
     with_element_type(gradients.dtype, [&](auto* type) {
-        scatter<std::remove_pointer_t<decltype(type)>>(codec, layout, chunks, gradients.data, threads);
+        scatter<std::remove_pointer_t<decltype(type)>>(format, layout, chunks, gradients.data, threads);
     });
 }
 
-void top_k_accumulate(const TopK& codec, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
+void top_k_accumulate(const TopK& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum, int threads) {
     if (counts_in(chunk)[0] == kAllNotFinite)
         return for_range(layout, 0, layout.shard_numel, [&](int64_t, int64_t, int64_t count, int64_t position) {
             std::fill(sum + position, sum + position + count, float_of(kNaN));
         });
-    const std::vector<Place> begins = places(codec, layout, chunk);
+    const std::vector<Place> begins = places(format, layout, chunk);
     parallel(threads, [&](int t) {
-        std::vector<uint16_t> offsets(size_t(std::min(codec.k, kRun)));
+        std::vector<uint16_t> offsets(size_t(std::min(format.k, kRun)));
         std::vector<float> values(offsets.size());
         const auto runs = int64_t(begins.size());
         for (int64_t run = runs * t / threads; run < runs * (t + 1) / threads; run++) {
             const int64_t count = counts_in(chunk)[run];
-            read_run(codec, chunk, begins[size_t(run)], run_numel(layout, run), count, offsets.data(), values.data());
+            read_run(format, chunk, begins[size_t(run)], run_numel(layout, run), count, offsets.data(), values.data());
             for (int64_t i = 0; i < count; i++) {
                 if (i + kAheadOfEntries < count) prefetch(sum + run * kRun + offsets[size_t(i + kAheadOfEntries)]);
                 sum[run * kRun + offsets[size_t(i)]] += values[size_t(i)] * weight;
             }
         }
     });
+}
+
+// Where the values of a chunk begin, and how many there can be: each run begins a new magnitude.
+inline int64_t begin_of_values(const TopK& format) {
+    return format.values == Values::sign ? format.scales_at : format.values_at;
+}
+inline int64_t most_values(const TopK& format, const Layout& layout) {
+    return format.values == Values::sign ? ceil_div(format.k, kEntries) + ceil_div(layout.shard_numel, kRun) : format.k;
+}
+
+// Calls call(type), where type is a null pointer to the type of the values, or magnitudes, in a chunk.
+template <class Call> auto with_value_type(const TopK& format, const Call& call) {
+    switch (format.values) {
+        case Values::fp32: return call(static_cast<const float*>(nullptr));
+        case Values::fp16: return call(static_cast<const Half*>(nullptr));
+        default: return call(static_cast<const BFloat16*>(nullptr));
+    }
+}
+
+bool top_k_is_within(const TopK& format, const Layout& layout, const uint8_t* chunks, int64_t count, float limit) {
+    return with_value_type(format, [&](auto* type) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        return all_within<T>(chunks, count, format.chunk_bytes, begin_of_values(format), most_values(format, layout), limit);
+    });
+}
+
+constexpr decltype(Passes<TopK>::serve) top_k_serve = nullptr;
+
+const char* top_k_fault(const TopK& format, const Layout& layout, const uint8_t* chunks) {
+    for (int64_t shard = 0; shard < layout.shards; shard++) {
+        const uint8_t* chunk = chunks + shard * format.chunk_bytes;
+        if (layout.shard_numel && counts_in(chunk)[0] == kAllNotFinite) {
+            const float value = with_value_type(format, [&](auto* type) {
+                return to_float(*reinterpret_cast<decltype(type)>(chunk + begin_of_values(format)));
+            });
+            if (std::isnan(value)) continue;
+        }
+        Place at;
+        int64_t tensor = 0;
+        for (int64_t run = 0; run * kRun < layout.shard_numel; run++) {
+            const int64_t count = counts_in(chunk)[run], begin = run * kRun, numel = run_numel(layout, run);
+            if (count > format.k - at.entries) return "counts exceed k";
+            const char* fault = nullptr;
+            int64_t previous = -1;
+            const int64_t found = read_offsets(format, chunk, at, numel, count, [&](int64_t, int64_t offset, uint32_t) {
+                const int64_t position = shard * layout.shard_numel + begin + offset;
+                if (offset <= previous) fault = "offsets do not ascend";
+                else if (offset >= numel) fault = "offset past the end of its shard";
+                if (fault) return;
+                previous = offset;
+                while (tensor < layout.tensors && position >= layout.offset[tensor] + layout.numel[tensor]) tensor++;
+                if (tensor == layout.tensors || position < layout.offset[tensor]) fault = "offset into padding";
+            });
+            if (found != count) return "not as many entries as a count says";
+            if (fault) return fault;
+            advance(format, numel, count, at);
+        }
+    }
+    return nullptr;
 }
 
 }  // namespace

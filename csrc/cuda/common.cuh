@@ -1,5 +1,6 @@
-// What all kernels share. There are no headers: NVRTC has none, and ds_horovod/kernels/launch.py puts this file before each
-// family's. Each struct that a kernel takes by value has its twin there or in ds_horovod/kernels/cuda.py, field by field.
+// What all kernels share. Nothing is included, since NVRTC has no headers: ds_horovod/kernels/launch.py puts csrc/shared/*.h
+// and this file before the file of a family. Each struct that a kernel takes by value has its twin there or in
+// ds_horovod/kernels/cuda.py, field by field.
 //
 // Every result equals csrc/cpu's bit for bit: float32 throughout, no fused multiply-add, denormals are zero, sums in the
 // order of csrc/cpu/sums.h.
@@ -12,10 +13,7 @@ typedef int i32;
 typedef long long i64;
 
 constexpr u32 kAllLanes = 0xffffffffu;
-constexpr u32 kSignBit = 0x80000000u;
-constexpr u32 kMaxFinite = 0x7f7fffffu;
 constexpr u32 kMinNormal = 0x00800000u;
-constexpr u32 kNaN = 0x7fc00000u;  // the one NaN that travels: bit patterns must not depend on the processor
 constexpr int kRow = 32;           // elements of a warp's row, and the least unit of a layout
 constexpr int kThreads = 256;      // of every launch
 constexpr int kBlocksPerSM = 4;    // at least: 64 registers a thread
@@ -42,8 +40,8 @@ struct Tensors {
     __device__ void* address(i64 tensor) const { return many ? many[tensor] : few[tensor]; }
 };
 
-// What one side keeps of a bucket (ds_horovod/memory.py), or null. A velocity comes with gradients and an error.
-struct Memory {
+// What one side keeps of a bucket (ds_horovod/feedback.py), or null. A velocity comes with gradients and an error.
+struct FeedbackState {
     float* error;
     float* velocity;
     const float* total;  // of a server: what is encoded instead of the error, which stays where the reply is not finite
@@ -52,8 +50,6 @@ struct Memory {
 
 // ---- one element
 
-__device__ inline u32 bits_of(float x) { return __float_as_uint(x); }
-__device__ inline float float_of(u32 u) { return __uint_as_float(u); }
 __device__ inline u32 magnitude(float x) { return bits_of(x) & ~kSignBit; }
 __device__ inline bool is_finite(float x) { return magnitude(x) <= kMaxFinite; }
 // Zero for a denormal. Arithmetic does that by itself, but for what a compiler leaves out: a division by one.
@@ -62,41 +58,6 @@ __device__ inline float with_sign_of(float positive, float x) { return float_of(
 // The magnitude or, where that is less, the limit, with the sign; not of NaN.
 __device__ inline float limited(float x, float limit) {
     return with_sign_of(float_of(min(magnitude(x), bits_of(limit))), x);
-}
-
-struct Half { u16 bits; };
-struct BFloat16 { u16 bits; };
-
-// By bits, so that flushing denormals cannot reach inside them: csrc/cpu/simd.h rounds in the same way.
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(BFloat16 x) { return float_of(u32(x.bits) << 16); }
-__device__ inline float to_float(Half x) {
-    const u32 sign = u32(x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31, fraction = x.bits & 0x3ffu;
-    if (exponent == 31) return float_of(sign | 0x7f800000u | (fraction ? 0x400000u | fraction << 13 : 0));
-    if (exponent) return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-    if (!fraction) return float_of(sign);
-    const int shift = __clz(int(fraction)) - 21;  // a half denormal is a normal float
-    return float_of(sign | u32(113 - shift) << 23 | ((fraction << (shift + 13)) & 0x7fffffu));
-}
-__device__ inline void from_float(float x, float* out) { *out = x; }
-__device__ inline void from_float(float x, BFloat16* out) {
-    const u32 u = bits_of(x);
-    out->bits = (u & ~kSignBit) > 0x7f800000u ? u16(0x7fc0) : u16((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
-}
-__device__ inline void from_float(float x, Half* out) {
-    const u32 u = bits_of(x), sign = (u >> 16) & 0x8000u, m = u & ~kSignBit;
-    u32 h;
-    if (m > 0x7f800000u) h = 0x7e00u | ((m >> 13) & 0x1ffu);
-    else if (m >= 0x477ff000u) h = m < 0x7f800000u ? 0x7bffu : 0x7c00u;  // what is finite stays so
-    else if (m >= 0x38800000u) h = (m + 0xfffu + ((m >> 13) & 1) - 0x38000000u) >> 13;
-    else if (m < 0x33000000u) h = 0;  // under half of the smallest half denormal
-    else {
-        const u32 fraction = (m & 0x7fffffu) | 0x800000u, shift = 126 - (m >> 23);
-        const u32 rest = fraction & ((1u << shift) - 1), tie = 1u << (shift - 1);
-        h = fraction >> shift;
-        h += rest > tie || (rest == tie && (h & 1));
-    }
-    out->bits = u16(sign | h);
 }
 
 // ---- four neighbours, in one access where their address allows it
@@ -173,7 +134,7 @@ template <class Call> __device__ inline void with_element_type(i64 dtype, const 
     }
 }
 
-// What v is made of, from some element on: gradient, error and velocity; or a server's total, or its error, alone.
+// The terms of v from some element on: gradient, error and velocity, or a server's total or error alone.
 template <class G> struct Terms {
     const G* g;
     const float *e, *u;
@@ -207,15 +168,16 @@ template <class G> __device__ inline G* element(G* type, const Tensors& tensors,
     return static_cast<G*>(tensors.address(place.tensor)) + place.first;
 }
 template <class G>
-__device__ inline Terms<G> terms_at(G* type, const Tensors& gradients, const Memory& memory, const Place& place, i64 position) {
-    const float* e = memory.total ? memory.total : memory.error;
+__device__ inline Terms<G> terms_at(G* type, const Tensors& gradients, const FeedbackState& state, const Place& place,
+                                    i64 position) {
+    const float* e = state.total ? state.total : state.error;
     return {gradients.dtype == kNone ? nullptr : element(type, gradients, place), e ? e + position : nullptr,
-            memory.velocity ? memory.velocity + position : nullptr, memory.momentum};
+            state.velocity ? state.velocity + position : nullptr, state.momentum};
 }
 
 // ---- sums in the fixed order of csrc/cpu/sums.h
 
-// A team of warps shares a block of a codec in the shard blockIdx.y; the teams of a block of threads, 8 / warps of them, walk
+// A team of warps shares a block of a format in the shard blockIdx.y; the teams of a block of threads, 8 / warps of them, walk
 // in step.
 struct Team {
     int warps, first_warp;  // 1, 2, 4 or 8
@@ -258,51 +220,28 @@ struct OrderedSum {
     }
 };
 
-// ---- steps that are taken back
+// ---- rollback
 //
-// Where the reply is not finite, what a worker has sent is lost through no fault of its own. `lost` has a bit for each element
+// Where the reply is not finite, what a worker has sent is lost through no fault of its own. A mask has a bit for each element
 // of the flat array, a word for each row.
 
-// A row's e = e' + Q[v] - g where its bits say so; of a velocity that was sent, and is forgotten, the error keeps
-// what waits: e + m u. sent(j) is the row's value j. Elements that were not finite were never taken.
+// A row's e = e' + Q[v] - g where its bits say so. Where a velocity was sent, and has become zero, the error keeps its part:
+// e + m u. sent(j) is the row's value j. Elements that were not finite have not been encoded.
 template <class G, class Sent>
-__device__ inline void take_back(G* type, const Row& row, u32 lost, const Tensors& gradients, const Memory& memory, bool sparse,
-                                 const Sent& sent) {
+__device__ inline void roll_back(G* type, const Row& row, u32 mask, const Tensors& gradients, const FeedbackState& state,
+                                 bool sparse, const Sent& sent) {
     const G* g = element(type, gradients, row.place);
     for (int j = 0; j < row.count; j++) {
-        if (!(lost >> j & 1)) continue;
+        if (!(mask >> j & 1)) continue;
         const float own = sent(j), gradient = to_float(g[j]);
-        float& e = memory.error[row.position + j];
+        float& e = state.error[row.position + j];
         if (!is_finite(own) || !is_finite(gradient)) continue;
-        if (memory.velocity && !(sparse && own != 0.f)) {
-            float& u = memory.velocity[row.position + j];
+        if (state.velocity && !(sparse && own != 0.f)) {
+            float& u = state.velocity[row.position + j];
             e = e + own - u;
-            u = (u - gradient) / memory.momentum;
+            u = (u - gradient) / state.momentum;
         } else {
             e = e + own - gradient;
         }
-    }
-}
-
-// ---- random numbers: Philox4x32-10, those of csrc/cpu/random.inl
-
-struct Philox {
-    u32 key[2], counter[3];
-};
-
-// The four words of one row.
-__device__ inline void random_words(const Philox& random, u32 row, u32 x[4]) {
-    u32 key[2] = {random.key[0], random.key[1]};
-    x[0] = row;
-    for (int i = 0; i < 3; i++) x[i + 1] = random.counter[i];
-#pragma unroll 1
-    for (int round = 0; round < 10; round++) {
-        const u64 a = u64(0xd2511f53u) * x[0], b = u64(0xcd9e8d57u) * x[2];
-        x[0] = u32(b >> 32) ^ x[1] ^ key[0];
-        x[2] = u32(a >> 32) ^ x[3] ^ key[1];
-        x[1] = u32(b);
-        x[3] = u32(a);
-        key[0] += 0x9e3779b9u;
-        key[1] += 0xbb67ae85u;
     }
 }

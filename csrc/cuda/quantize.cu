@@ -47,19 +47,19 @@ __device__ inline float value_of(u32 code, float step) { return (float(code) - f
 // Of the block `block` of a chunk: the width of a level, and the codes.
 __device__ inline float* step_in(u8* chunk, i64 block) { return reinterpret_cast<float*>(chunk) + block; }
 __device__ inline float step_in(const u8* chunk, i64 block) { return reinterpret_cast<const float*>(chunk)[block]; }
-__device__ inline i64 codes_of(const Quantize& codec, i64 block) { return codec.codes_at + block * codec.block_bytes; }
-__device__ inline i64 block_of(const Quantize& codec, i64 inside) { return u32(inside) / u32(codec.block); }
+__device__ inline i64 codes_of(const Quantize& format, i64 block) { return format.codes_at + block * format.block_bytes; }
+__device__ inline i64 block_of(const Quantize& format, i64 inside) { return u32(inside) / u32(format.block); }
 
 // ---- values of a column; zero beyond the block's elements
 
 template <class G> struct OwnValues {
     Terms<G> terms;
 
-    __device__ void column(const Quantize& codec, i32 count, i32 j, float v[kTogether]) const {
+    __device__ void column(const Quantize& format, i32 count, i32 j, float v[kTogether]) const {
         float velocity;
 #pragma unroll
         for (int k = 0; k < kTogether; k++) {
-            const i32 i = k * codec.columns + j;
+            const i32 i = k * format.columns + j;
             v[k] = i < count ? terms.value(i, velocity) : 0.f;
         }
     }
@@ -75,24 +75,24 @@ struct SumOfWorkers {
     float weight;
 
     __device__ float velocity(i32) const { return 0.f; }
-    __device__ void column(const Quantize& codec, i32 count, i32 j, float v[kTogether]) const {
+    __device__ void column(const Quantize& format, i32 count, i32 j, float v[kTogether]) const {
 #pragma unroll
         for (int k = 0; k < kTogether; k++) {
-            const i32 i = k * codec.columns + j;
+            const i32 i = k * format.columns + j;
             v[k] = error && i < count ? error[i] : 0.f;
         }
         if (!count) return;
         for (i64 w = 0; w < workers; w++) {
-            const u8* chunk = pushed + w * codec.chunk_bytes;
+            const u8* chunk = pushed + w * format.chunk_bytes;
             const float step = step_in(chunk, block) * weight;
             u32 code[kTogether];
-            unpack(chunk + codes_of(codec, block), codec.columns, j, code);
+            unpack(chunk + codes_of(format, block), format.columns, j, code);
 #pragma unroll
             for (int k = 0; k < kTogether; k++) v[k] = v[k] + value_of(code[k], step);
         }
 #pragma unroll
         for (int k = 0; k < kTogether; k++)
-            if (k * codec.columns + j >= count) v[k] = 0.f;
+            if (k * format.columns + j >= count) v[k] = 0.f;
     }
 };
 
@@ -105,19 +105,19 @@ struct Scratch {
 
 // The norm of a block, whose values are read once more: its rows are not its columns.
 template <class Values>
-__device__ inline float norm_of(const Quantize& codec, const Team& team, const Values& values, Scratch& scratch) {
+__device__ inline float norm_of(const Quantize& format, const Team& team, const Values& values, Scratch& scratch) {
     OrderedSum sum{scratch.groups, team, 0.f};
     const i32 tile = kRow * 8 * team.warps;
-    for (i32 from = 0; from < codec.block; from += tile) {
+    for (i32 from = 0; from < format.block; from += tile) {
         if (from) __syncthreads();  // all have read the last tile's
         float group = 0.f;
 #pragma unroll
         for (int row = 0; row < 8; row++) {
             const i32 i = from + kRow * (8 * team.warp() + row) + lane_of_thread();
             if (i >= team.count) continue;
-            const i32 k = i / codec.columns;
+            const i32 k = i / format.columns;
             float v[kTogether], x = 0.f;
-            values.column(codec, i32(team.count), i - k * codec.columns, v);
+            values.column(format, i32(team.count), i - k * format.columns, v);
 #pragma unroll
             for (int other = 0; other < kTogether; other++) x = other == k ? v[other] : x;
             group = group + x * x;
@@ -139,22 +139,22 @@ __device__ inline float largest_of(const Team& team, u32 largest, Scratch& scrat
 // Of the element at a position: 16 bits of its row's words, over 2**16.
 __device__ inline float uniform(const Philox& random, i64 position) {
     u32 x[4];
-    random_words(random, u32(position / 8), x);
+    random_words<OneWord>(random, u32(position / 8), x);
     const u32 word = position & 4 ? (position & 2 ? x[3] : x[2]) : (position & 2 ? x[1] : x[0]);
     return float(word >> (16 * (position & 1)) & 0xffffu) * 0x1p-16f;
 }
 
 // Writes the payload of a block, and error and velocity where there are any.
 template <class Values>
-__device__ inline void encode_block(const Quantize& codec, const Team& team, const Values& values, const Philox& random,
+__device__ inline void encode_block(const Quantize& format, const Team& team, const Values& values, const Philox& random,
                                     u8* chunk, float* error, float* velocity, Scratch& scratch) {
-    const i32 m = codec.columns, stride = 32 * team.warps, tile = stride * kColumns, count = i32(team.count);
+    const i32 m = format.columns, stride = 32 * team.warps, tile = stride * kColumns, count = i32(team.count);
     float v[kColumns][kTogether];
     auto read = [&](i32 from) {
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
             const i32 j = from + c * stride + team.thread();
-            values.column(codec, j < m ? count : 0, j, v[c]);
+            values.column(format, j < m ? count : 0, j, v[c]);
         }
     };
     u32 largest = 0;
@@ -165,11 +165,11 @@ __device__ inline void encode_block(const Quantize& codec, const Team& team, con
 #pragma unroll
             for (int k = 0; k < kTogether; k++) largest = max(largest, magnitude(v[c][k]));
     }
-    const float scale = L2 ? norm_of(codec, team, values, scratch) : largest_of(team, largest, scratch);
+    const float scale = L2 ? norm_of(format, team, values, scratch) : largest_of(team, largest, scratch);
     if (!count) return;
     const bool finite = scale <= float_of(kMaxFinite);
     const float levels = float(kLevels), step = flush(scale / levels), by = fminf(levels / scale, float_of(kMaxFinite));
-    const i64 block = block_of(codec, team.inside);
+    const i64 block = block_of(format, team.inside);
     if (team.leads()) *step_in(chunk, block) = finite ? step : float_of(kNaN);
     if (!finite) return;
     for (i32 from = 0; from < m; from += tile) {
@@ -186,11 +186,11 @@ __device__ inline void encode_block(const Quantize& codec, const Team& team, con
                 const float x = v[c][k], r = STOCHASTIC ? uniform(random, team.position + i) : 0.5f;
                 const float level = truncf(fminf(float_of(magnitude(x)) * by + r, levels));
                 const float signed_level = with_sign_of(level, x);
-                code[k] = i < codec.block ? u32(signed_level + levels) : 0u;
+                code[k] = i < format.block ? u32(signed_level + levels) : 0u;
                 zeros |= u32(level == 0.f) << (c * kTogether + k);
                 if (error && i < count) error[i] = x - signed_level * step;
             }
-            pack(chunk + codes_of(codec, block), m, j, code);
+            pack(chunk + codes_of(format, block), m, j, code);
         }
         if (!velocity) continue;
 #pragma unroll 1
@@ -202,45 +202,45 @@ __device__ inline void encode_block(const Quantize& codec, const Team& team, con
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_encode(Quantize codec, Layout layout, Tensors gradients, Memory memory, Philox random, u8* chunks) {
+quantize_encode(Quantize format, Layout layout, Tensors gradients, FeedbackState state, Philox random, u8* chunks) {
     __shared__ Scratch scratch;
-    const Team team(layout, codec.block, codec.team);
+    const Team team(layout, format.block, format.team);
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = typename Pointed<decltype(type)>::type;
-        const OwnValues<G> own{terms_at(type, gradients, memory, team.place, team.position)};
-        encode_block(codec, team, own, random, chunks + blockIdx.y * codec.chunk_bytes,
-                     memory.error ? memory.error + team.position : nullptr,
-                     memory.velocity ? memory.velocity + team.position : nullptr, scratch);
+        const OwnValues<G> own{terms_at(type, gradients, state, team.place, team.position)};
+        encode_block(format, team, own, random, chunks + blockIdx.y * format.chunk_bytes,
+                     state.error ? state.error + team.position : nullptr,
+                     state.velocity ? state.velocity + team.position : nullptr, scratch);
     });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_serve(Quantize codec, Layout layout, const u8* pushed, i64 workers, float weight, float* error, Philox random,
+quantize_serve(Quantize format, Layout layout, const u8* pushed, i64 workers, float weight, float* error, Philox random,
                u8* chunk) {
     __shared__ Scratch scratch;
-    const Team team(layout, codec.block, codec.team);
+    const Team team(layout, format.block, format.team);
     float* e = error ? error + team.position : nullptr;
-    const SumOfWorkers of_all{e, pushed, workers, block_of(codec, team.inside), weight};
-    encode_block(codec, team, of_all, random, chunk, e, nullptr, scratch);
+    const SumOfWorkers of_all{e, pushed, workers, block_of(format, team.inside), weight};
+    encode_block(format, team, of_all, random, chunk, e, nullptr, scratch);
 }
 
 // ---- what arrives
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_decode(Quantize codec, Layout layout, const u8* chunks, Tensors gradients) {
-    const Team team(layout, codec.block, codec.team);
+quantize_decode(Quantize format, Layout layout, const u8* chunks, Tensors gradients) {
+    const Team team(layout, format.block, format.team);
     if (!team.count) return;
-    const i64 block = block_of(codec, team.inside);
-    const u8* chunk = chunks + blockIdx.y * codec.chunk_bytes;
+    const i64 block = block_of(format, team.inside);
+    const u8* chunk = chunks + blockIdx.y * format.chunk_bytes;
     const float step = step_in(chunk, block);
     with_element_type(gradients.dtype, [&](auto* type) {
         auto* to = element(type, gradients, team.place);
-        for (i32 j = team.thread(); j < codec.columns; j += 32 * team.warps) {
+        for (i32 j = team.thread(); j < format.columns; j += 32 * team.warps) {
             u32 code[kTogether];
-            unpack(chunk + codes_of(codec, block), codec.columns, j, code);
+            unpack(chunk + codes_of(format, block), format.columns, j, code);
 #pragma unroll
             for (int k = 0; k < kTogether; k++) {
-                const i32 i = k * codec.columns + j;
+                const i32 i = k * format.columns + j;
                 if (i < team.count) from_float(value_of(code[k], step), to + i);
             }
         }
@@ -248,41 +248,42 @@ quantize_decode(Quantize codec, Layout layout, const u8* chunks, Tensors gradien
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_accumulate(Quantize codec, Layout layout, const u8* pushed, i64 workers, float weight, float* total) {
-    const Team team(layout, codec.block, codec.team);
+quantize_accumulate(Quantize format, Layout layout, const u8* pushed, i64 workers, float weight, float* total) {
+    const Team team(layout, format.block, format.team);
     float* to = total + team.position;
-    const SumOfWorkers of_all{to, pushed, workers, block_of(codec, team.inside), weight};
-    for (i32 j = team.thread(); j < codec.columns && team.count; j += 32 * team.warps) {
+    const SumOfWorkers of_all{to, pushed, workers, block_of(format, team.inside), weight};
+    for (i32 j = team.thread(); j < format.columns && team.count; j += 32 * team.warps) {
         float v[kTogether];
-        of_all.column(codec, i32(team.count), j, v);
+        of_all.column(format, i32(team.count), j, v);
 #pragma unroll
         for (int k = 0; k < kTogether; k++)
-            if (k * codec.columns + j < team.count) to[k * codec.columns + j] = v[k];
+            if (k * format.columns + j < team.count) to[k * format.columns + j] = v[k];
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_lost(Quantize codec, Layout layout, const u8* chunks, u32* lost) {
+quantize_nonfinite_mask(Quantize format, Layout layout, const u8* chunks, u32* mask) {
     const Row row(layout);
     if (row.inside >= layout.shard_numel) return;
-    const bool finite = !row.count || is_finite(step_in(chunks + blockIdx.y * codec.chunk_bytes, block_of(codec, row.inside)));
-    lost[row.position / kRow] = finite ? 0 : kAllLanes;
+    const u8* chunk = chunks + blockIdx.y * format.chunk_bytes;
+    const bool finite = !row.count || is_finite(step_in(chunk, block_of(format, row.inside)));
+    mask[row.position / kRow] = finite ? 0 : kAllLanes;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-quantize_take_back(Quantize codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory,
+quantize_rollback(Quantize format, Layout layout, const u8* chunks, const u32* mask, Tensors gradients, FeedbackState state,
                    i64 sparse) {
     const Row row(layout);
-    if (!row.count || !lost[row.position / kRow]) return;
-    const u8* chunk = chunks + blockIdx.y * codec.chunk_bytes;
-    const i64 block = block_of(codec, row.inside);
-    const i32 first = i32(row.inside - block * codec.block);
+    if (!row.count || !mask[row.position / kRow]) return;
+    const u8* chunk = chunks + blockIdx.y * format.chunk_bytes;
+    const i64 block = block_of(format, row.inside);
+    const i32 first = i32(row.inside - block * format.block);
     const float step = step_in(chunk, block);
     with_element_type(gradients.dtype, [&](auto* type) {
-        take_back(type, row, lost[row.position / kRow], gradients, memory, sparse, [&](int bit) {
-            const i32 at = (first + bit) / codec.columns;
+        roll_back(type, row, mask[row.position / kRow], gradients, state, sparse, [&](int bit) {
+            const i32 at = (first + bit) / format.columns;
             u32 code[kTogether], own = 0;
-            unpack(chunk + codes_of(codec, block), codec.columns, first + bit - at * codec.columns, code);
+            unpack(chunk + codes_of(format, block), format.columns, first + bit - at * format.columns, code);
 #pragma unroll
             for (int k = 0; k < kTogether; k++) own = k == at ? code[k] : own;
             return value_of(own, step);

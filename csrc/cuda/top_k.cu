@@ -67,7 +67,7 @@ struct Work {
     float* sorted_values;
     i64 capacity;         // of a pool; none: nothing is guessed
 
-    __device__ u32 needed(const TopK& codec, i64 shard) const { return u32(min(codec.k, elements[shard])); }
+    __device__ u32 needed(const TopK& format, i64 shard) const { return u32(min(format.k, elements[shard])); }
 };
 
 // ---- elements
@@ -86,8 +86,8 @@ __device__ inline Spot spot_at(const Layout& layout, i64 inside) {
 }
 
 // v, after the dense pass.
-__device__ inline void load_values(const Tensors& gradients, const Memory& memory, const Spot& at, float v[4]) {
-    const float* kept = memory.total ? memory.total : memory.error;
+__device__ inline void load_values(const Tensors& gradients, const FeedbackState& state, const Spot& at, float v[4]) {
+    const float* kept = state.total ? state.total : state.error;
     if (kept) return load(kept + at.position, at.count, v);
     with_element_type(gradients.dtype, [&](auto* type) { load(element(type, gradients, at.place), at.count, v); });
 #pragma unroll
@@ -98,15 +98,15 @@ __device__ inline i64 run_numel(const Layout& layout, i64 run) { return min(kRun
 
 // visit(offset, value) for what is looked at in the run blockIdx.x, by all threads of the block, in any order.
 template <class Visit>
-__device__ inline void each_of_run(const TopK& codec, const Layout& layout, const Tensors& gradients, const Memory& memory,
-                                   const Work& work, u32 source, const Visit& visit) {
+__device__ inline void each_of_run(const TopK& format, const Layout& layout, const Tensors& gradients,
+                                   const FeedbackState& state, const Work& work, u32 source, const Visit& visit) {
     const i64 shard = blockIdx.y, run = blockIdx.x;
     if (source == kAll) {
         for (i64 i = 4 * i64(threadIdx.x); i < run_numel(layout, run); i += 4 * kThreads) {
             const Spot at = spot_at(layout, run * kRun + i);
             if (!at.count) continue;
             float v[4];
-            load_values(gradients, memory, at, v);
+            load_values(gradients, state, at, v);
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if (j < at.count) visit(u32(i + j), v[j]);
@@ -119,7 +119,7 @@ __device__ inline void each_of_run(const TopK& codec, const Layout& layout, cons
                 const i64 begin = shard * work.capacity + tile.candidates, end = begin + (tile.counts & 0xffffu);
                 for (i64 c = begin + lane_of_thread(); c < end; c += 32) visit(work.positions[c] % u32(kRun), work.values[c]);
             } else {
-                const i64 begin = shard * codec.k + tile.not_finite, end = begin + (tile.counts >> 16);
+                const i64 begin = shard * format.k + tile.not_finite, end = begin + (tile.counts >> 16);
                 for (i64 c = begin + lane_of_thread(); c < end; c += 32) visit(work.not_finite[c] % u32(kRun), float_of(kNaN));
             }
         }
@@ -189,12 +189,12 @@ template <int kBins, class Read> __device__ inline Bin find_bin(u32 remaining, u
 // ---- encode
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_gather(TopK codec, Layout layout, Tensors gradients, Memory memory, Work work) {
+top_k_gather(TopK format, Layout layout, Tensors gradients, FeedbackState state, Work work) {
     __shared__ u32 totals[kWarps];
     __shared__ Tile tile;
     const i64 shard = blockIdx.y, inside = i64(blockIdx.x) * kTile + 4 * threadIdx.x;
-    Shard& state = work.shards[shard];
-    const u32 least = state.guess ? state.guess : kMaxFinite + 1;
+    Shard& search = work.shards[shard];
+    const u32 least = search.guess ? search.guess : kMaxFinite + 1;
     float v[2][4];
     u32 hits = 0, bad = 0;
     with_element_type(gradients.dtype, [&](auto* type) {
@@ -203,27 +203,27 @@ top_k_gather(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
             const Spot at = spot_at(layout, inside + q * (kTile / 2));
             if (!at.count) continue;
             float velocity[4];
-            terms_at(type, gradients, memory, at.place, at.position).values(0, at.count, v[q], velocity);
+            terms_at(type, gradients, state, at.place, at.position).values(0, at.count, v[q], velocity);
             u32 not_finite = 0;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                if (!memory.error && !memory.total) v[q][j] = v[q][j] + 0.f;
+                if (!state.error && !state.total) v[q][j] = v[q][j] + 0.f;
                 if (j >= at.count) continue;
                 if (!is_finite(v[q][j])) not_finite |= 1u << j;
                 else if (magnitude(v[q][j]) >= least) hits |= 1u << (4 * q + j);
             }
             bad |= not_finite << 4 * q;
-            if (gradients.dtype == kNone || !memory.error) continue;
+            if (gradients.dtype == kNone || !state.error) continue;
             if (!not_finite) {
-                store(memory.error + at.position, at.count, v[q]);
-                if (memory.velocity) store(memory.velocity + at.position, at.count, velocity);
+                store(state.error + at.position, at.count, v[q]);
+                if (state.velocity) store(state.velocity + at.position, at.count, velocity);
                 continue;
             }
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 if (j >= at.count || not_finite >> j & 1) continue;
-                memory.error[at.position + j] = v[q][j];
-                if (memory.velocity) memory.velocity[at.position + j] = velocity[j];
+                state.error[at.position + j] = v[q][j];
+                if (state.velocity) state.velocity[at.position + j] = velocity[j];
             }
         }
     });
@@ -232,8 +232,8 @@ top_k_gather(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
     const u32 before = sum_before(u32(__popc(hits)) | u32(__popc(bad)) << 16, totals, &all);
     if (threadIdx.x == 0) {
         tile = {0, 0, all};
-        if (all & 0xffffu) tile.candidates = atomicAdd(&state.found, all & 0xffffu);
-        if (all >> 16) tile.not_finite = atomicAdd(&state.not_finite, all >> 16);
+        if (all & 0xffffu) tile.candidates = atomicAdd(&search.found, all & 0xffffu);
+        if (all >> 16) tile.not_finite = atomicAdd(&search.not_finite, all >> 16);
         work.tiles[shard * gridDim.x + blockIdx.x] = tile;
     }
     if (!all) return;
@@ -252,34 +252,34 @@ top_k_gather(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
             const u32 bin = min((magnitude(x) - least) >> kCoarseShift, u32(kCoarseBins - 1));
             atomicAdd(&work.coarse[shard * kCoarseBins + bin], 1u);
         } else if (bad >> i & 1) {
-            if (next_bad < codec.k) work.not_finite[shard * codec.k + next_bad] = position;
+            if (next_bad < format.k) work.not_finite[shard * format.k + next_bad] = position;
             next_bad++;
         }
     }
 }
 
 // What the dense pass leaves to choose from.
-__device__ inline Choice first_choice(const TopK& codec, const Work& work, u32 totals[kWarps]) {
+__device__ inline Choice first_choice(const TopK& format, const Work& work, u32 totals[kWarps]) {
     const i64 shard = blockIdx.y;
-    const Shard& state = work.shards[shard];
-    const u32 need = work.needed(codec, shard);
-    if (state.not_finite) return {u32(state.not_finite > codec.k ? kEveryNotFinite : kNotFinite), 0, 0, 0};
+    const Shard& search = work.shards[shard];
+    const u32 need = work.needed(format, shard);
+    if (search.not_finite) return {u32(search.not_finite > format.k ? kEveryNotFinite : kNotFinite), 0, 0, 0};
     if (!need) return {kNothing, 0, 0, 0};
-    if (state.found < need || state.found > work.capacity) return {kAll, 0, 31, need};
+    if (search.found < need || search.found > work.capacity) return {kAll, 0, 31, need};
     const Bin found = find_bin<kCoarseBins>(need, totals, [&](int bin) { return work.coarse[shard * kCoarseBins + bin]; });
     const u32 bits = found.bin == kCoarseBins - 1 ? 31 : kCoarseShift;  // the last bin has no end
-    return {kCandidates, state.guess + (found.bin << kCoarseShift), bits, found.remaining};
+    return {kCandidates, search.guess + (found.bin << kCoarseShift), bits, found.remaining};
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_narrow(TopK codec, Layout layout, Tensors gradients, Memory memory, Work work, i64 first) {
+top_k_narrow(TopK format, Layout layout, Tensors gradients, FeedbackState state, Work work, i64 first) {
     __shared__ u32 bins[kFineBins];
     __shared__ u32 totals[kWarps];
     const i64 shard = blockIdx.y;
-    Shard& state = work.shards[shard];
-    const Choice choice = first ? first_choice(codec, work, totals) : state.choice;
+    Shard& search = work.shards[shard];
+    const Choice choice = first ? first_choice(format, work, totals) : search.choice;
     if (!choice.bits) {
-        if (first && blockIdx.x == 0 && threadIdx.x == 0) state.choice = choice;
+        if (first && blockIdx.x == 0 && threadIdx.x == 0) search.choice = choice;
         return;
     }
     for (int bin = int(threadIdx.x); bin < kFineBins; bin += kThreads) bins[bin] = 0;
@@ -290,24 +290,24 @@ top_k_narrow(TopK codec, Layout layout, Tensors gradients, Memory memory, Work w
         if (!(above >> choice.bits)) atomicAdd(&bins[above >> shift], 1u);
     };
     if (choice.source == kCandidates) {  // in equal parts, whichever runs they are from
-        const i64 begin = i64(state.found) * blockIdx.x / gridDim.x, end = i64(state.found) * (blockIdx.x + 1ll) / gridDim.x;
+        const i64 begin = i64(search.found) * blockIdx.x / gridDim.x, end = i64(search.found) * (blockIdx.x + 1ll) / gridDim.x;
         for (i64 c = begin + threadIdx.x; c < end; c += kThreads) take(0, work.values[shard * work.capacity + c]);
     } else {
-        each_of_run(codec, layout, gradients, memory, work, choice.source, take);
+        each_of_run(format, layout, gradients, state, work, choice.source, take);
     }
     __syncthreads();
     u32* fine = work.fine + shard * kFineBins;
     for (int bin = int(threadIdx.x); bin < kFineBins; bin += kThreads)
         if (bins[bin]) atomicAdd(&fine[bin], bins[bin]);
-    if (!is_last_block(state, totals)) return;
+    if (!is_last_block(search, totals)) return;
     const Bin found = find_bin<kFineBins>(choice.remaining, totals, [&](int bin) { return atomicExch(&fine[bin], 0u); });
     const u32 low = choice.low + (found.bin << shift);
     // A zero is not sent: as a sign it would not stay one.
-    if (threadIdx.x == 0) state.choice = {choice.source, low, shift, low || shift ? found.remaining : 0};
+    if (threadIdx.x == 0) search.choice = {choice.source, low, shift, low || shift ? found.remaining : 0};
 }
 
 // Of the shard's runs: which entries, and where. All threads of one block call it.
-__device__ inline void place_runs(const TopK& codec, const Layout& layout, const Work& work, const Choice& choice,
+__device__ inline void place_runs(const TopK& format, const Layout& layout, const Work& work, const Choice& choice,
                                   u32 totals[kWarps], u8* chunk) {
     const i64 runs = gridDim.x, each = ceil_div(runs, kThreads);
     const i64 begin = min(each * threadIdx.x, runs), end = min(begin + each, runs);
@@ -324,8 +324,8 @@ __device__ inline void place_runs(const TopK& codec, const Layout& layout, const
         run.count = __ldcg(&run.above) + run.equal;
         at.entries += run.count;
         at.scales += u32(ceil_div(run.count, kEntries));
-        at.upper += codec.upper_bytes(run_numel(layout, r), run.count);
-        at.low += codec.low_bytes(run.count);
+        at.upper += format.upper_bytes(run_numel(layout, r), run.count);
+        at.low += format.low_bytes(run.count);
     }
     at.entries = sum_before(at.entries, totals, &all);
     at.scales = sum_before(at.scales, totals, &all);
@@ -336,22 +336,22 @@ __device__ inline void place_runs(const TopK& codec, const Layout& layout, const
         run.entries = at.entries, run.scales = at.scales, run.upper = at.upper, run.low = at.low;
         at.entries += run.count;
         at.scales += u32(ceil_div(run.count, kEntries));
-        at.upper += codec.upper_bytes(run_numel(layout, r), run.count);
-        at.low += codec.low_bytes(run.count);
+        at.upper += format.upper_bytes(run_numel(layout, r), run.count);
+        at.low += format.low_bytes(run.count);
         reinterpret_cast<u32*>(chunk)[r] = choice.source == kEveryNotFinite && r == 0 ? kAllNotFinite : run.count;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_place(TopK codec, Layout layout, Tensors gradients, Memory memory, Work work, u8* chunks) {
+top_k_place(TopK format, Layout layout, Tensors gradients, FeedbackState state, Work work, u8* chunks) {
     __shared__ u32 totals[kWarps];
     const i64 shard = blockIdx.y;
-    Shard& state = work.shards[shard];
-    const Choice choice = state.choice;
+    Shard& search = work.shards[shard];
+    const Choice choice = search.choice;
     u32 above = 0, equal = 0;
     if (choice.source == kEveryNotFinite) above = blockIdx.x == 0 && threadIdx.x == 0;
     else
-        each_of_run(codec, layout, gradients, memory, work, choice.source, [&](u32, float v) {
+        each_of_run(format, layout, gradients, state, work, choice.source, [&](u32, float v) {
             above += magnitude(v) > choice.low;
             equal += magnitude(v) == choice.low;
         });
@@ -363,20 +363,20 @@ top_k_place(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wo
         run.above = all_above;
         run.equal = all_equal;
     }
-    if (!is_last_block(state, totals)) return;
-    place_runs(codec, layout, work, choice, totals, chunks + shard * codec.chunk_bytes);
+    if (!is_last_block(search, totals)) return;
+    place_runs(format, layout, work, choice, totals, chunks + shard * format.chunk_bytes);
     for (int bin = int(threadIdx.x); bin < kCoarseBins; bin += kThreads) work.coarse[shard * kCoarseBins + bin] = 0;
     if (threadIdx.x != 0) return;
     if (choice.source == kCandidates || choice.source == kAll) {
         // A wider margin where candidates were too few, a narrower one where they were more than twice what is needed.
-        const u32 need = work.needed(codec, shard);
-        u32 margin = state.margin ? state.margin : kFirstMargin;
-        if (state.guess && state.found < need) margin = min(2 * margin, kMostMargin);
-        else if (state.guess && state.found / 2 > need) margin = max(margin / 2, kLeastMargin);
-        state.margin = margin;
-        state.guess = work.capacity ? (choice.low > margin ? choice.low - margin : 1) : 0;  // zeros are no candidates
+        const u32 need = work.needed(format, shard);
+        u32 margin = search.margin ? search.margin : kFirstMargin;
+        if (search.guess && search.found < need) margin = min(2 * margin, kMostMargin);
+        else if (search.guess && search.found / 2 > need) margin = max(margin / 2, kLeastMargin);
+        search.margin = margin;
+        search.guess = work.capacity ? (choice.low > margin ? choice.low - margin : 1) : 0;  // zeros are no candidates
     }
-    state.found = state.not_finite = 0;
+    search.found = search.not_finite = 0;
 }
 
 // A bitmap of a run, with the number of bits before each word.
@@ -416,13 +416,13 @@ __device__ inline Half half_of(float v) {
 }
 
 // The lower bits of 8 entries are whole bytes.
-__device__ inline void write_low(const TopK& codec, const u32* offsets, const float* values, u32 first, u32 count, u8* low) {
-    const u32 width = codec.width(), b = u32(codec.low_bits);
+__device__ inline void write_low(const TopK& format, const u32* offsets, const float* values, u32 first, u32 count, u8* low) {
+    const u32 width = format.width(), b = u32(format.low_bits);
     u8* out = low + i64(first / 8) * width;
     u32 pending = 0, bits = 0;
     for (u32 i = first; i < min(first + 8, count); i++) {
         u32 field = offsets[i] & ((1u << b) - 1);
-        if (codec.values == kSigns) field |= bits_of(values[i]) >> 31 << b;
+        if (format.values == kSigns) field |= bits_of(values[i]) >> 31 << b;
         pending |= field << bits;
         for (bits += width; bits >= 8; bits -= 8, pending >>= 8) *out++ = u8(pending);
     }
@@ -445,25 +445,25 @@ __device__ inline float mean_magnitude(const float* values, u32 count) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work work, u8* chunks) {
+top_k_emit(TopK format, Layout layout, Tensors gradients, FeedbackState state, Work work, u8* chunks) {
     __shared__ u32 chosen_words[kRunWords], equal_words[kRunWords];
     __shared__ u16 chosen_before[kRunWords];
     __shared__ u32 totals[kWarps];
     const i64 shard = blockIdx.y, start = shard * layout.shard_numel + i64(blockIdx.x) * kRun;
     const Choice choice = work.shards[shard].choice;
     const Run run = work.runs[shard * gridDim.x + blockIdx.x];
-    if (memory.total && memory.error && choice.source != kEveryNotFinite)  // which gather could not know
+    if (state.total && state.error && choice.source != kEveryNotFinite)  // which gather could not know
         for (i64 i = 4 * i64(threadIdx.x); i < run_numel(layout, blockIdx.x); i += 4 * kThreads) {
             const Spot at = spot_at(layout, i64(blockIdx.x) * kRun + i);
             float v[4];
-            load(memory.total + at.position, at.count, v);
+            load(state.total + at.position, at.count, v);
             if (is_finite(v[0]) && is_finite(v[1]) && is_finite(v[2]) && is_finite(v[3])) {
-                store(memory.error + at.position, at.count, v);
+                store(state.error + at.position, at.count, v);
                 continue;
             }
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                if (j < at.count && is_finite(v[j])) memory.error[at.position + j] = v[j];
+                if (j < at.count && is_finite(v[j])) state.error[at.position + j] = v[j];
         }
     if (!run.count) return;
 
@@ -474,7 +474,7 @@ top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wor
     if (choice.source == kEveryNotFinite) {
         if (threadIdx.x == 0) chosen.set(0);
     } else {
-        each_of_run(codec, layout, gradients, memory, work, choice.source, [&](u32 offset, float v) {
+        each_of_run(format, layout, gradients, state, work, choice.source, [&](u32 offset, float v) {
             if (magnitude(v) > choice.low) chosen.set(offset);
             else if (magnitude(v) == choice.low) equal.set(offset);
         });
@@ -489,12 +489,12 @@ top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wor
             chosen_words[w] |= bits & (0u - bits);
     chosen.count(totals);
 
-    u32* offsets = work.sorted_offsets + shard * codec.k + run.entries;
-    float* values = work.sorted_values + shard * codec.k + run.entries;
+    u32* offsets = work.sorted_offsets + shard * format.k + run.entries;
+    float* values = work.sorted_values + shard * format.k + run.entries;
     if (choice.source == kEveryNotFinite) {
         if (threadIdx.x == 0) offsets[0] = 0, values[0] = float_of(kNaN);
     } else {
-        each_of_run(codec, layout, gradients, memory, work, choice.source, [&](u32 offset, float v) {
+        each_of_run(format, layout, gradients, state, work, choice.source, [&](u32 offset, float v) {
             if (!chosen.has(offset)) return;
             const u32 rank = chosen.rank(offset);
             offsets[rank] = offset;
@@ -503,40 +503,40 @@ top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wor
     }
     __syncthreads();
 
-    u8* chunk = chunks + shard * codec.chunk_bytes;
+    u8* chunk = chunks + shard * format.chunk_bytes;
     const bool settle = choice.source == kCandidates || choice.source == kAll;
-    const u32 b = u32(codec.low_bits);
-    u8* upper = chunk + codec.upper_at + run.upper;
+    const u32 b = u32(format.low_bits);
+    u8* upper = chunk + format.upper_at + run.upper;
     const u32 skipped = 8 * u32(u64(upper) % 4);  // bits of the first word that are another run's
     u32* upper_words = reinterpret_cast<u32*>(upper - skipped / 8);
     for (u32 i = threadIdx.x; i < run.count; i += kThreads) {
         const u32 bit = skipped + (offsets[i] >> b) + (b ? i : 0);
         atomicOr(&upper_words[bit / 32], 1u << bit % 32);
-        if (settle && memory.velocity) memory.velocity[start + offsets[i]] = 0.f;
-        if (codec.values == kSigns) continue;
+        if (settle && state.velocity) state.velocity[start + offsets[i]] = 0.f;
+        if (format.values == kSigns) continue;
         float arrives = values[i];
-        if (codec.values == kHalf) {
+        if (format.values == kHalf) {
             const Half half = half_of(values[i]);
-            reinterpret_cast<Half*>(chunk + codec.values_at)[run.entries + i] = half;
+            reinterpret_cast<Half*>(chunk + format.values_at)[run.entries + i] = half;
             arrives = to_float(half);
         } else {
-            reinterpret_cast<float*>(chunk + codec.values_at)[run.entries + i] = arrives;
+            reinterpret_cast<float*>(chunk + format.values_at)[run.entries + i] = arrives;
         }
-        if (settle && memory.error) memory.error[start + offsets[i]] = values[i] - arrives;
+        if (settle && state.error) state.error[start + offsets[i]] = values[i] - arrives;
     }
-    if (codec.width())
+    if (format.width())
         for (u32 i = 8 * threadIdx.x; i < run.count; i += 8 * kThreads)
-            write_low(codec, offsets, values, i, run.count, chunk + codec.low_at + run.low);
-    if (codec.values != kSigns) return;
-    BFloat16* scales = reinterpret_cast<BFloat16*>(chunk + codec.scales_at) + run.scales;
+            write_low(format, offsets, values, i, run.count, chunk + format.low_at + run.low);
+    if (format.values != kSigns) return;
+    BFloat16* scales = reinterpret_cast<BFloat16*>(chunk + format.scales_at) + run.scales;
     for (u32 group = u32(warp_of_thread()); group * kEntries < run.count; group += kWarps) {
         const u32 first = group * kEntries, count = min(run.count - first, kEntries);
         BFloat16 scale;
         from_float(mean_magnitude(values + first, count), &scale);
         if (lane_of_thread() == 0) scales[group] = scale;
-        if (!settle || !memory.error) continue;
+        if (!settle || !state.error) continue;
         for (u32 i = first + u32(lane_of_thread()); i < first + count; i += 32)
-            memory.error[start + offsets[i]] = values[i] - with_sign_of(to_float(scale), values[i]);
+            state.error[start + offsets[i]] = values[i] - with_sign_of(to_float(scale), values[i]);
     }
 }
 
@@ -544,22 +544,22 @@ top_k_emit(TopK codec, Layout layout, Tensors gradients, Memory memory, Work wor
 
 // A run of a chunk, opened by all threads of a block. What is not sound is NaN altogether.
 struct OpenRun {
-    const TopK& codec;
+    const TopK& format;
     const u8* chunk;
     Ranks ranks;
     u32 count, entries, scales, low;
     bool sound;
 
     __device__ u32 field(u32 entry) const {
-        const u64 bit = u64(entry) * codec.width();
-        const u8* p = chunk + codec.low_at + low + bit / 8;  // fields end before 8 unused bytes
-        return ((u32(p[0]) | u32(p[1]) << 8 | u32(p[2]) << 16) >> bit % 8) & ((1u << codec.width()) - 1);
+        const u64 bit = u64(entry) * format.width();
+        const u8* p = chunk + format.low_at + low + bit / 8;  // fields end before 8 unused bytes
+        return ((u32(p[0]) | u32(p[1]) << 8 | u32(p[2]) << 16) >> bit % 8) & ((1u << format.width()) - 1);
     }
     __device__ float value(u32 rank) const {
-        if (codec.values == kFull) return reinterpret_cast<const float*>(chunk + codec.values_at)[entries + rank];
-        if (codec.values == kHalf) return to_float(reinterpret_cast<const Half*>(chunk + codec.values_at)[entries + rank]);
-        const float scale = to_float(reinterpret_cast<const BFloat16*>(chunk + codec.scales_at)[scales + rank / kEntries]);
-        return field(rank) >> codec.low_bits ? -scale : scale;
+        if (format.values == kFull) return reinterpret_cast<const float*>(chunk + format.values_at)[entries + rank];
+        if (format.values == kHalf) return to_float(reinterpret_cast<const Half*>(chunk + format.values_at)[entries + rank]);
+        const float scale = to_float(reinterpret_cast<const BFloat16*>(chunk + format.scales_at)[scales + rank / kEntries]);
+        return field(rank) >> format.low_bits ? -scale : scale;
     }
     // Zero where nothing was sent.
     __device__ float at(u32 offset) const {
@@ -570,28 +570,28 @@ struct OpenRun {
     __device__ void open(const Layout& layout, i64 run, u64 totals[kWarps], u32 few_totals[kWarps]) {
         const i64 runs = ceil_div(layout.shard_numel, kRun);
         const u32* counts = reinterpret_cast<const u32*>(chunk);
-        const u32 most = u32(min(codec.k, kRun));
+        const u32 most = u32(min(format.k, kRun));
         u64 of_all = 0;
         u32 before[4] = {};  // entries, scales, bytes of upper and lower bits
 #pragma unroll 1
         for (i64 r = threadIdx.x; r < runs; r += kThreads) {
             const u32 n = counts[r];
-            of_all += n <= most ? n : u64(codec.k) + 1;
+            of_all += n <= most ? n : u64(format.k) + 1;
             if (r >= run || n > most) continue;
             before[0] += n;
             before[1] += u32(ceil_div(n, kEntries));
-            before[2] += codec.upper_bytes(run_numel(layout, r), n);
-            before[3] += codec.low_bytes(n);
+            before[2] += format.upper_bytes(run_numel(layout, r), n);
+            before[3] += format.low_bytes(n);
         }
         sum_before(of_all, totals, &of_all);
-        sound = of_all <= u64(codec.k);
+        sound = of_all <= u64(format.k);
         if (!sound) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) sum_before(before[i], few_totals, &before[i]);
         count = counts[run], entries = before[0], scales = before[1], low = before[3];
         ranks.clear();  // before the barriers below
-        const u8* upper = chunk + codec.upper_at + before[2];
-        const u32 bytes = codec.upper_bytes(run_numel(layout, run), count), b = u32(codec.low_bits);
+        const u8* upper = chunk + format.upper_at + before[2];
+        const u32 bytes = format.upper_bytes(run_numel(layout, run), count), b = u32(format.low_bits);
         u32 seen = 0, all;
 #pragma unroll 1
         for (u32 base = 0; base < bytes; base += 4 * kThreads) {
@@ -618,12 +618,12 @@ struct OpenRun {
     __shared__ u16 before_[kRunWords];                        \
     __shared__ u64 totals_[kWarps];                           \
     __shared__ u32 few_totals_[kWarps];                       \
-    OpenRun run{codec, chunks, {words_, before_}, 0, 0, 0, 0, false}
+    OpenRun run{format, chunks, {words_, before_}, 0, 0, 0, 0, false}
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_decode(TopK codec, Layout layout, const u8* chunks, Tensors gradients) {
+top_k_decode(TopK format, Layout layout, const u8* chunks, Tensors gradients) {
     DECLARE_OPEN_RUN(run);
-    run.chunk += i64(blockIdx.y) * codec.chunk_bytes;
+    run.chunk += i64(blockIdx.y) * format.chunk_bytes;
     run.open(layout, blockIdx.x, totals_, few_totals_);
     with_element_type(gradients.dtype, [&](auto* type) {
         for (i64 i = 4 * i64(threadIdx.x); i < run_numel(layout, blockIdx.x); i += 4 * kThreads) {
@@ -639,10 +639,10 @@ top_k_decode(TopK codec, Layout layout, const u8* chunks, Tensors gradients) {
 
 // The workers' chunks for one shard, one after the other.
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_accumulate(TopK codec, Layout layout, const u8* chunks, i64 workers, float weight, float* total) {
+top_k_accumulate(TopK format, Layout layout, const u8* chunks, i64 workers, float weight, float* total) {
     DECLARE_OPEN_RUN(run);
     const i64 start = i64(blockIdx.x) * kRun;
-    for (i64 w = 0; w < workers; w++, run.chunk += codec.chunk_bytes) {
+    for (i64 w = 0; w < workers; w++, run.chunk += format.chunk_bytes) {
         run.open(layout, blockIdx.x, totals_, few_totals_);
 #pragma unroll 1
         for (int i = int(threadIdx.x); i < kRunWords; i += kThreads) {
@@ -665,9 +665,9 @@ constexpr int kRunBlocks = kRunWords / kThreads;
 __device__ inline u32 row_in_run() { return blockIdx.x % kRunBlocks * kThreads + threadIdx.x; }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_lost(TopK codec, Layout layout, const u8* chunks, u32* lost) {
+top_k_nonfinite_mask(TopK format, Layout layout, const u8* chunks, u32* mask) {
     DECLARE_OPEN_RUN(run);
-    run.chunk += i64(blockIdx.y) * codec.chunk_bytes;
+    run.chunk += i64(blockIdx.y) * format.chunk_bytes;
     run.open(layout, blockIdx.x / kRunBlocks, totals_, few_totals_);
     const Row row(layout);
     if (row.inside >= layout.shard_numel) return;
@@ -677,24 +677,25 @@ top_k_lost(TopK codec, Layout layout, const u8* chunks, u32* lost) {
         const u32 j = u32(__ffs(int(left))) - 1;
         if (!is_finite(run.at(32 * row_in_run() + j))) bits |= 1u << j;
     }
-    lost[row.position / kRow] = bits;
+    mask[row.position / kRow] = bits;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-top_k_take_back(TopK codec, Layout layout, const u8* chunks, const u32* lost, Tensors gradients, Memory memory, i64 sparse) {
+top_k_rollback(TopK format, Layout layout, const u8* chunks, const u32* mask, Tensors gradients, FeedbackState state,
+               i64 sparse) {
     DECLARE_OPEN_RUN(run);
     __shared__ u32 any;
     const Row row(layout);
-    const u32 bits = row.count ? lost[row.position / kRow] : 0;
+    const u32 bits = row.count ? mask[row.position / kRow] : 0;
     if (threadIdx.x == 0) any = 0;
     __syncthreads();
     if (bits) atomicOr(&any, 1u);
     __syncthreads();
     if (!any) return;
-    run.chunk += i64(blockIdx.y) * codec.chunk_bytes;
+    run.chunk += i64(blockIdx.y) * format.chunk_bytes;
     run.open(layout, blockIdx.x / kRunBlocks, totals_, few_totals_);
     if (!bits) return;
     with_element_type(gradients.dtype, [&](auto* type) {
-        take_back(type, row, bits, gradients, memory, sparse, [&](int j) { return run.at(32 * row_in_run() + u32(j)); });
+        roll_back(type, row, bits, gradients, state, sparse, [&](int j) { return run.at(32 * row_in_run() + u32(j)); });
     });
 }

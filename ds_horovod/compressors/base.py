@@ -1,4 +1,4 @@
-"""What a compressor is, and the passes of the exchange derived from it."""
+"""The interface of a compressor, and the passes of the exchange that follow from it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..feedback import FeedbackState
+from ..kernels.fallback import decoded, nonfinite_mask, put, rollback
 from ..kernels.formats import align
-from ..kernels.reference import put
 from ..layout import Layout, pack
 
 _HEADER = 16  # bytes before the payload of a derived chunk, the first of which says what its values are:
-_TAME, _NOT_FINITE, _LARGE = range(3)
+_BOUNDED, _NOT_FINITE, _LARGE = range(3)
 
-_ROW = 32  # elements whose bits share a word
-
-TAME = 2.0**50
+BOUNDED = 2.0**50
 """Sums of values up to this, and of their squares, cannot overflow."""
 LARGEST = torch.finfo(torch.float32).max
 
@@ -30,21 +29,21 @@ LARGEST = torch.finfo(torch.float32).max
 class Compressor(ABC):
     """Q in ``v -> Q[v]``: any map from float32 values to a payload of fixed size and back, biased or not.
 
-    Write your own with three methods: `payload_nbytes`, `compress` and `decompress`. The passes over a bucket
-    (`encode`, `decode`, `accumulate`, `serve`) are derived from them, correctly if not fast; a compressor with fused
-    kernels overrides the passes instead. All ranks must hold equal compressors: ``repr`` is what they compare.
+    Write your own with three methods: `payload_nbytes`, `compress` and `decompress`. The passes over a bucket (`encode`,
+    `decode`, `accumulate`, `serve`) are derived from them, and are correct, but not fast. A compressor with fused kernels
+    overrides the passes instead. All ranks must use equal compressors; they compare them by ``repr``.
     """
 
     block: int = 32
-    """Elements: every parameter starts at a multiple of it within its bucket. A multiple of 32."""
+    """Every parameter starts at a multiple of so many elements within its bucket. A multiple of 32."""
 
     sparse: bool = False
-    """Whether Q sends some elements and leaves the others out, as zeros: what momentum correction needs, which makes the
-    velocity zero where something was sent."""
+    """Whether Q sends some elements and makes the others zero. Momentum correction requires it, since it clears the velocity
+    of the elements that were sent."""
 
     @abstractmethod
     def payload_nbytes(self, numel: int) -> int:
-        """Bytes that `compress` makes of `numel` values: a pure function, not falling as `numel` grows."""
+        """Bytes that `compress` makes of `numel` values: a pure function that never decreases as `numel` grows."""
 
     @abstractmethod
     def compress(self, values: Tensor) -> Tensor:
@@ -64,54 +63,58 @@ class Compressor(ABC):
         """Bytes in each of the payload's chunks, one a shard; a multiple of 16."""
         return align(_HEADER + self.payload_nbytes(layout.most_elements))
 
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor) -> None:
         """v = gradient + error; payload = Q[v]; error = v - Q[v]. With momentum correction, as `FeedbackState` says.
 
-        Where v is not finite the payload says so, and the memory stays as it was.
+        Where v is not finite the payload says so, and error and velocity stay as they were.
 
         Parameters
         ----------
         layout
             Where the gradients lie.
         gradients
-            A contiguous tensor for each of the layout's. None: v is the error alone.
-        memory
+            A contiguous tensor for each of the layout's. None: v is ``state.total`` or, if there is none, the error alone.
+        state
             What is kept from step to step, replaced.
         chunks
             uint8, ``(layout.shards, chunk_nbytes(layout))``, all zero, receives the payload.
         """
+        start_from, all_within = (
+            state.error if state.total is None else state.total,
+            kernels.for_device(chunks.device).all_within,
+        )
         for shard, pieces in enumerate(layout.pieces):
             if not pieces:
                 continue
-            starts = [shard * layout.shard_numel + piece.offset for piece in pieces]
+            places = [slice(start, start + p.numel) for p in pieces for start in [shard * layout.shard_numel + p.offset]]
             terms, velocities = [], []
-            for piece, start in zip(pieces, starts, strict=True):
-                here = slice(start, start + piece.numel)
-                value = torch.zeros(piece.numel, device=chunks.device) if memory.error is None else memory.error[here].clone()
+            for piece, here in zip(pieces, places, strict=True):
+                value = torch.zeros(piece.numel, device=chunks.device) if start_from is None else start_from[here].clone()
                 if gradients is not None:
                     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
-                    if memory.velocity is not None:
-                        velocities.append(memory.velocity[here] * memory.momentum + gradient)
+                    if state.velocity is not None:
+                        velocities.append(state.velocity[here] * state.momentum + gradient)
                         gradient = velocities[-1]
                     value += gradient
                 terms.append(value)
             v = torch.cat(terms)
-            all_within = kernels.for_device(v.device).all_within
             if not all_within(v, LARGEST):
                 chunks[shard, 0] = _NOT_FINITE
                 continue
-            chunks[shard, 0] = _TAME if all_within(v, TAME) else _LARGE
+            chunks[shard, 0] = _BOUNDED if all_within(v, BOUNDED) else _LARGE
             payload = self._checked_payload(v)
             chunks[shard, _HEADER : _HEADER + len(payload)] = payload
-            if memory.error is None:
+            if state.error is None:
                 continue
             sent = self._checked_values(payload, len(v))
             numels = [p.numel for p in pieces]
-            for start, rest in zip(starts, (v - sent).split(numels), strict=True):
-                memory.error[start : start + len(rest)] = rest
-            if velocities and memory.velocity is not None:
-                for start, u, own in zip(starts, velocities, sent.split(numels), strict=True):
-                    memory.velocity[start : start + len(u)] = u.masked_fill_(own != 0, 0.0) if self.sparse else u
+            for here, own, rest in zip(places, sent.split(numels), (v - sent).split(numels), strict=True):
+                if state.total is not None:
+                    rest = torch.where(own.isfinite() & rest.isfinite(), rest, state.error[here])
+                state.error[here] = rest
+            if velocities and state.velocity is not None:
+                for here, u, own in zip(places, velocities, sent.split(numels), strict=True):
+                    state.velocity[here] = u.masked_fill_(own != 0, 0.0) if self.sparse else u
 
     def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
         """gradients = the values that the chunks stand for.
@@ -127,31 +130,38 @@ class Compressor(ABC):
             for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
                 put(gradients, piece, part)
 
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        """total += weight * the values of one chunk; total is float32, ``(layout.shard_numel,)``."""
-        self._require_size(layout, chunk.unsqueeze(0))
-        (pieces,) = layout.pieces
-        values = self._chunk_values(chunk, sum(p.numel for p in pieces))
-        for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
-            total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
+    def accumulate(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        """total += weight * the values of each chunk, one worker after the other.
 
-    def accumulate_all(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
-        """`accumulate` for each of some workers, uint8 ``(workers, chunk_nbytes)``, one after the other."""
-        for chunk in pushed:
-            self.accumulate(layout, chunk, weight, total)
+        Parameters
+        ----------
+        layout
+            Of the one shard that is served.
+        pushed
+            uint8, one chunk or a row of them: ``(chunk_nbytes(layout),)`` or ``(workers, chunk_nbytes(layout))``.
+        weight
+            1 / workers for an average, 1 for a sum.
+        total
+            float32, ``(layout.shard_numel,)``.
+        """
+        (pieces,) = layout.pieces
+        for chunk in pushed if pushed.dim() == 2 else (pushed,):
+            self._require_size(layout, chunk.unsqueeze(0))
+            values = self._chunk_values(chunk, sum(p.numel for p in pieces))
+            for piece, part in zip(pieces, values.split([p.numel for p in pieces]), strict=True):
+                total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        """Whether all values that the chunks stand for are finite and no larger than a limit. False too if nobody knows.
-
-        The host asks: on a GPU it waits for the answer.
-        """
-        known = {_TAME: TAME, _LARGE: LARGEST}
+        """Whether all values that the chunks stand for are finite and no larger than a limit. False too if nobody knows."""
+        known = {_BOUNDED: BOUNDED, _LARGE: LARGEST}
         return all(known.get(flag, math.inf) <= limit for flag in chunks[:, 0].tolist())
 
     def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, state: FeedbackState, chunk: Tensor
     ) -> None:
         """The server pass: v = error + weight * sum_i Q_i; payload = Q[v]; error = v - Q[v].
+
+        The error stays as it was where the reply is not finite.
 
         Parameters
         ----------
@@ -163,37 +173,30 @@ class Compressor(ABC):
             The compressor that made them.
         weight
             1 / workers for an average, 1 for a sum.
-        memory
+        state
             The server's, whose error is float32 ``(layout.shard_numel,)``, replaced. It has no velocity.
         chunk
             uint8, ``(chunk_nbytes(layout),)``, all zero, receives the reply.
         """
-        before, error = None, memory.error
-        if error is not None and not (kernels.for_device(pushed.device).HOST and pusher.is_within(layout, pushed, TAME)):
-            before = error.clone()  # on CPUs rare: something may not be finite, or overflow
-        total = torch.zeros(layout.shard_numel, device=pushed.device) if error is None else error
-        pusher.accumulate_all(layout, pushed, weight, total)
-        self.encode(layout, None, replace(memory, error=total), chunk.unsqueeze(0))
-        if before is not None:
-            replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
-            self.decode(layout, chunk.unsqueeze(0), replied)
-            for offset, values in zip(layout.offsets, replied, strict=True):
-                here = slice(offset, offset + len(values))
-                kept = total[here]
-                kept.copy_(torch.where(values.isfinite() & kept.isfinite(), kept, before[here]))
+        if state.error is not None and pusher.is_within(layout, pushed, BOUNDED):
+            total = state.error  # neither the sum nor the reply can overflow: no copy is needed
+        else:
+            total = torch.zeros(layout.shard_numel, device=pushed.device) if state.error is None else state.error.clone()
+            state = replace(state, total=total)
+        pusher.accumulate(layout, pushed, weight, total)
+        self.encode(layout, None, state, chunk.unsqueeze(0))
 
-    def keep_overflow(self, layout: Layout, chunk: Tensor, memory: FeedbackState, limit: float) -> None:
+    def keep_overflow(self, layout: Layout, chunk: Tensor, state: FeedbackState, limit: float) -> None:
         """error += what of the reply is over a limit, and will not arrive, since the gradients' dtype ends there."""
-        if memory.error is None or (kernels.for_device(chunk.device).HOST and self.is_within(layout, chunk[None], limit)):
+        if state.error is None or self.is_within(layout, chunk[None], limit):
             return
-        replied = [torch.empty(numel, device=chunk.device) for numel in layout.numels]
-        self.decode(layout, chunk[None], replied)
+        replied = decoded(layout, chunk[None], partial(self.decode, layout))
         for offset, values in zip(layout.offsets, replied, strict=True):
             over = values - values.clamp(-limit, limit)
-            memory.error[offset : offset + len(values)] += over.masked_fill_(~values.isfinite(), 0.0)
+            state.error[offset : offset + len(values)] += over.masked_fill_(~values.isfinite(), 0.0)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 - nothing is a fine default
-        """Makes ready what takes long, before the first pass over a layout."""
+        """Does in advance what takes long, before the first pass over a layout."""
 
     def nonfinite_mask(self, layout: Layout, chunks: Tensor) -> Tensor | None:
         """Where the values that the chunks stand for are not finite.
@@ -206,49 +209,25 @@ class Compressor(ABC):
         """
         if self.is_within(layout, chunks):
             return None
-        values = [torch.empty(numel, device=chunks.device) for numel in layout.numels]
-        self.decode(layout, chunks, values)
-        flat = torch.zeros(layout.numel, dtype=torch.bool, device=chunks.device)
-        for offset, arrived in zip(layout.offsets, values, strict=True):
-            flat[offset : offset + len(arrived)] = ~arrived.isfinite()
-        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=chunks.device)
-        return (flat.view(-1, 8) * powers).sum(1).to(torch.uint8).view(torch.int32)
+        return nonfinite_mask(layout, decoded(layout, chunks, partial(self.decode, layout)))
 
     def rollback(
-        self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: FeedbackState
+        self, layout: Layout, payload: Tensor, mask: Tensor, gradients: Sequence[Tensor], state: FeedbackState
     ) -> None:
-        """Takes a pass back from the memory where the reply is not finite: e = e' + Q[v] - g, up to rounding.
+        """Undoes an `encode` where the reply is not finite: e = e' + Q[v] - g, up to rounding.
 
-        What was sent there is lost through no fault of the worker's, and an overflow step, which a GradScaler skips, must
-        not leave a trace. Of a velocity that was sent, and is forgotten, the error keeps what waits: e + m u. Elements
-        whose v was not finite have not been taken in the first place.
+        What a worker sent there does not arrive, through no fault of its own, and an overflow step, which a GradScaler skips,
+        must not leave a trace. Where a velocity was sent, and has become zero, the error keeps its part: e + m u. Elements
+        whose v was not finite have not been encoded in the first place.
 
         Parameters
         ----------
         payload
             What `encode` made of the gradients.
-        lost
+        mask
             Where, as `nonfinite_mask` says.
         """
-        assert memory.error is not None
-        sent = [torch.empty(n, device=payload.device) for n in layout.numels]
-        self.decode(layout, payload, sent)
-        bits = (lost[:, None] >> torch.arange(_ROW, device=lost.device) & 1).bool().view(-1)
-        for offset, gradient, own in zip(layout.offsets, gradients, sent, strict=True):
-            here = slice(offset, offset + len(own))
-            g = gradient.view(-1).float()
-            where = bits[here] & own.isfinite() & g.isfinite()
-            e = memory.error[here]
-            if memory.velocity is None:
-                e[where] = e[where] + own[where] - g[where]
-                continue
-            u = memory.velocity[here]
-            forgotten = (own != 0) if self.sparse else torch.zeros_like(where)
-            kept = where & ~forgotten
-            e[kept] = e[kept] + own[kept] - u[kept]
-            u[kept] = (u[kept] - g[kept]) / memory.momentum
-            gone = where & forgotten
-            e[gone] = e[gone] + own[gone] - g[gone]
+        rollback(layout, decoded(layout, payload, partial(self.decode, layout)), mask, gradients, state, self.sparse)
 
     def _require_size(self, layout: Layout, chunks: Tensor) -> None:
         expected = layout.shards, self.chunk_nbytes(layout)
@@ -275,7 +254,7 @@ class Compressor(ABC):
 
     def _chunk_values(self, chunk: Tensor, numel: int) -> Tensor:
         flag = int(chunk[0])
-        if flag not in (_TAME, _NOT_FINITE, _LARGE):
+        if flag not in (_BOUNDED, _NOT_FINITE, _LARGE):
             raise ValueError(f"corrupted payload of {self!r}: a chunk begins with {flag}")
         if flag == _NOT_FINITE or not numel:
             return torch.full((numel,), torch.nan, device=chunk.device)
@@ -283,44 +262,55 @@ class Compressor(ABC):
 
 
 class FusedCompressor(Compressor):
-    """A compressor with passes of its own, from which `compress` and `decompress` are derived."""
+    """A compressor whose passes are kernels: a subclass states its options, and how its chunks are written.
+
+    `compress` and `decompress` are derived from the passes.
+    """
+
+    family: ClassVar[str]
+    """The name of its kernels, in `kernels.passes`."""
 
     @abstractmethod
     def format(self, layout: Layout) -> Any:
-        """How its chunks are written, as a `kernels.formats` says."""
+        """How its chunks are written: one of `kernels.formats`."""
+
+    def chunk_nbytes(self, layout: Layout) -> int:
+        return self.format(layout).nbytes  # type: ignore[no-any-return]
 
     def prepare(self, layout: Layout, device: torch.device) -> None:
-        kernels.for_device(device).prepare(self.format(layout), layout, device)
+        self._passes(device).prepare(self.format(layout), layout, device)
 
-    def accumulate_all(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
-        if kernels.for_device(pushed.device).HOST:
-            return super().accumulate_all(layout, pushed, weight, total)
-        self.accumulate(layout, pushed, weight, total)
+    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor) -> None:
+        self._passes(chunks.device).encode(self.format(layout), layout, gradients, state, chunks)
+
+    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        self._passes(chunks.device).decode(self.format(layout), layout, chunks, gradients)
+
+    def accumulate(self, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        self._passes(pushed.device).accumulate(self.format(layout), layout, pushed, weight, total)
+
+    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
+        """As `Compressor.is_within`. On a GPU nobody knows without waiting."""
+        return self._passes(chunks.device).is_within(self.format(layout), layout, chunks, limit)
 
     def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
+        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, state: FeedbackState, chunk: Tensor
     ) -> None:
-        if kernels.for_device(chunk.device).HOST:
-            return super().serve(layout, pushed, pusher, weight, memory, chunk)
-        # The sum lies beside the error, which stays where the reply is not finite: nobody could say in time whether it may.
-        error = memory.error
-        total = torch.zeros(layout.numel, device=chunk.device) if error is None else error.clone()
-        pusher.accumulate_all(layout, pushed, weight, total)
-        self.encode(layout, None, replace(memory, total=total), chunk.unsqueeze(0))
+        passes = self._passes(chunk.device)
+        if pusher != self or not passes.serve(self.format(layout), layout, pushed, weight, state, chunk):
+            super().serve(layout, pushed, pusher, weight, state, chunk)
 
     def nonfinite_mask(self, layout: Layout, chunks: Tensor) -> Tensor | None:
-        device = kernels.for_device(chunks.device)
-        if device.HOST:
-            return super().nonfinite_mask(layout, chunks)
-        return device.nonfinite_mask(self.format(layout), layout, chunks)  # type: ignore[no-any-return]
+        return self._passes(chunks.device).nonfinite_mask(self.format(layout), layout, chunks)
 
     def rollback(
-        self, layout: Layout, payload: Tensor, lost: Tensor, gradients: Sequence[Tensor], memory: FeedbackState
+        self, layout: Layout, payload: Tensor, mask: Tensor, gradients: Sequence[Tensor], state: FeedbackState
     ) -> None:
-        device = kernels.for_device(payload.device)
-        if device.HOST:
-            return super().rollback(layout, payload, lost, gradients, memory)
-        device.rollback(self.format(layout), layout, payload, lost, gradients, memory, self.sparse)
+        passes = self._passes(payload.device)
+        passes.rollback(self.format(layout), layout, payload, mask, gradients, state, self.sparse)
+
+    def _passes(self, device: torch.device) -> kernels.Passes:
+        return kernels.passes(self.family, device)
 
     def payload_nbytes(self, numel: int) -> int:
         return self.chunk_nbytes(self._alone(numel))

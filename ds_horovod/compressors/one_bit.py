@@ -1,19 +1,13 @@
-"""One bit an element: signs, and a scale for each block, parameter or bucket."""
+"""One bit per element: signs, and a scale for each block, parameter or bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from .. import kernels
-from ..feedback import FeedbackState
 from ..kernels.formats import OneBitFormat, align
 from ..layout import Layout
-from .base import LARGEST, Compressor, FusedCompressor
+from .base import FusedCompressor
 
 _SCALES = ("l1", "l2")
 _GRANULARITIES = ("block", "parameter", "bucket")
@@ -23,21 +17,21 @@ _GRANULARITIES = ("block", "parameter", "bucket")
 class OneBit(FusedCompressor):
     """Q[v] = scale * sign(v), with 32 times fewer bytes than float32.
 
-    A block of zeros has scale 0 and stays zero, but a zero beside others does not: rows of an embedding that share a scale with
-    rows that have gradients move a little in every step. A scale that is not finite (from NaN, infinity or overflow) makes its
-    whole block, parameter or bucket NaN on every rank.
+    A block of zeros has scale 0 and remains zero, but a single zero does not: embedding rows that share a scale with rows that
+    have gradients move a little in every step. If a scale is not finite (because of NaN, infinity or overflow), its whole
+    block, parameter or bucket becomes NaN on every rank.
 
     Parameters
     ----------
     block
-        Elements that share a scale, a positive multiple of 32. Smaller: closer to the gradient, 32 / block more bits an
-        element.
+        Elements that share a scale, a positive multiple of 32. Smaller blocks follow the gradient more closely, and cost
+        32 / block more bits per element.
     scale
         "l1": mean |v|, the least-squares scale, always a contraction. "l2": ||v||_2 / sqrt(count), the paper's
         (Tang et al. 2019, section 5), which keeps the norm but is no contraction for heavy tails.
     granularity
-        What a scale is shared by: "block", "parameter" or "bucket". A scale never crosses a shard, which with
-        ``server=RANK`` is the whole bucket. The latter two take two passes over the memory instead of one.
+        What shares a scale: "block", "parameter" or "bucket". A scale never spans two shards; with ``server=RANK`` the shard
+        is the whole bucket. The latter two read the memory twice instead of once.
 
     Raises
     ------
@@ -48,6 +42,7 @@ class OneBit(FusedCompressor):
     block: int = 2048
     scale: str = "l1"
     granularity: str = "block"
+    family = "one_bit"
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, int) or self.block <= 0 or self.block % 32:
@@ -60,37 +55,15 @@ class OneBit(FusedCompressor):
     def format(self, layout: Layout) -> OneBitFormat:
         return _format(self, layout)
 
-    def chunk_nbytes(self, layout: Layout) -> int:
-        return self.format(layout).nbytes
-
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).one_bit_encode(_format(self, layout), layout, gradients, memory, chunks)
-
-    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        kernels.for_device(chunks.device).one_bit_decode(_format(self, layout), layout, chunks, gradients)
-
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        kernels.for_device(chunk.device).one_bit_accumulate(_format(self, layout), layout, chunk, weight, total)
-
-    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        scales = chunks[:, : 4 * _format(self, layout).scales].contiguous().view(-1)
-        return bool(kernels.for_device(chunks.device).all_within(scales.view(torch.float32), limit))
-
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
-    ) -> None:
-        device = kernels.for_device(chunk.device)
-        if pusher != self or (device.HOST and self.granularity != "block"):
-            return super().serve(layout, pushed, pusher, weight, memory, chunk)
-        device.one_bit_serve(_format(self, layout), layout, pushed, weight, memory.error, chunk)
-
 
 @lru_cache(maxsize=1024)
-def _format(codec: OneBit, layout: Layout) -> OneBitFormat:
+def _format(compressor: OneBit, layout: Layout) -> OneBitFormat:
     scales = {
-        "block": layout.shard_numel // codec.block,
+        "block": layout.shard_numel // compressor.block,
         "parameter": layout.most_pieces,
         "bucket": 1,
-    }[codec.granularity]
+    }[compressor.granularity]
     bits_at = align(4 * scales)
-    return OneBitFormat(codec.block, codec.scale, codec.granularity, scales, bits_at, align(bits_at + layout.shard_numel // 8))
+    return OneBitFormat(
+        compressor.block, compressor.scale, compressor.granularity, scales, bits_at, align(bits_at + layout.shard_numel // 8)
+    )

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from .. import kernels
-from ..feedback import FeedbackState
 from ..kernels.formats import QuantizeFormat, align
 from ..layout import Layout
-from .base import LARGEST, Compressor, FusedCompressor
+from .base import FusedCompressor
 
 _BITS = (2, 3, 4, 8)
 _ROUNDINGS = ("nearest", "stochastic")
@@ -24,6 +18,8 @@ _TERNARY_BITS = 0  # base 3
 @dataclass(frozen=True)
 class _Levels(FusedCompressor):
     """What `Quantize` and `Ternary` share."""
+
+    family = "quantize"
 
     def _check(self, block: object, rounding: str, scale: str, seed: object) -> None:
         name = type(self).__name__
@@ -41,50 +37,26 @@ class _Levels(FusedCompressor):
     def format(self, layout: Layout) -> QuantizeFormat:
         return _format(self, layout)
 
-    def chunk_nbytes(self, layout: Layout) -> int:
-        return self.format(layout).nbytes
-
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).quantize_encode(_format(self, layout), layout, gradients, memory, chunks)
-
-    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        kernels.for_device(chunks.device).quantize_decode(_format(self, layout), layout, chunks, gradients)
-
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        kernels.for_device(chunk.device).quantize_accumulate(_format(self, layout), layout, chunk, weight, total)
-
-    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        format = _format(self, layout)
-        steps = chunks[:, : 4 * (layout.shard_numel // format.block)].contiguous().view(-1).view(torch.float32)
-        return bool(kernels.for_device(chunks.device).all_within(steps, limit if limit == LARGEST else limit / format.levels))
-
-    def serve(
-        self, layout: Layout, pushed: Tensor, pusher: Compressor, weight: float, memory: FeedbackState, chunk: Tensor
-    ) -> None:
-        if pusher != self:
-            return super().serve(layout, pushed, pusher, weight, memory, chunk)
-        kernels.for_device(chunk.device).quantize_serve(_format(self, layout), layout, pushed, weight, memory, chunk)
-
 
 @dataclass(frozen=True)
 class Quantize(_Levels):
-    """Q[v] = the nearest of 2**bits - 1 levels from -scale to scale, zero among them.
+    """Q[v] = the nearest of 2**bits - 1 levels from -scale to scale, including zero.
 
     A block whose scale is not finite becomes NaN on every rank.
 
     Parameters
     ----------
     bits
-        2, 3, 4 or 8, of each element.
+        Bits per element: 2, 3, 4 or 8.
     block
-        Elements that share a scale, a positive multiple of 32: 32 / block more bits an element.
+        Elements that share a scale, a positive multiple of 32. Scales cost 32 / block more bits per element.
     rounding
-        "nearest", or "stochastic": up or down at random, so that it is right on average (QSGD, Alistarh et al. 2017,
-        arXiv 1610.02132). Every rank and server rounds by random numbers of its own.
+        "nearest", or "stochastic": up or down at random, which is unbiased (QSGD, Alistarh et al. 2017, arXiv 1610.02132).
+        Every rank and server uses its own random numbers.
     scale
-        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD; with "stochastic" only.
+        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD, with stochastic rounding only.
     seed
-        Of the random numbers: the same seed and gradients give the same payloads.
+        Selects the random numbers: the same seed and gradients give the same payloads.
 
     Raises
     ------
@@ -105,7 +77,7 @@ class Quantize(_Levels):
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
-        """With 2 bits, half of the range is zero; with more, nearly everything is sent."""
+        """With 2 bits, half of the range becomes zero; with more bits, nearly every element is sent."""
         return self.bits == 2
 
 
@@ -113,8 +85,8 @@ class Quantize(_Levels):
 class Ternary(_Levels):
     """Q[v] = -scale, 0 or scale, whichever is nearest: five elements in a byte, 1.6 bits each.
 
-    The values of ``Quantize(bits=2)``. The parameters are those of `Quantize`, where they are explained; a block is packed
-    into whole bytes.
+    The levels of ``Quantize(bits=2)``, and the parameters of `Quantize`, where they are explained. Each block is packed into
+    whole bytes.
 
     Raises
     ------
@@ -133,11 +105,11 @@ class Ternary(_Levels):
 
 
 @lru_cache(maxsize=1024)
-def _format(codec: Quantize | Ternary, layout: Layout) -> QuantizeFormat:
-    bits = codec.bits if isinstance(codec, Quantize) else _TERNARY_BITS
-    blocks = layout.shard_numel // codec.block
+def _format(compressor: Quantize | Ternary, layout: Layout) -> QuantizeFormat:
+    bits = compressor.bits if isinstance(compressor, Quantize) else _TERNARY_BITS
+    blocks = layout.shard_numel // compressor.block
     codes_at = align(4 * blocks)
     levels = 2 ** (bits - 1) - 1 if bits else 1
-    stochastic, l2 = codec.rounding == "stochastic", codec.scale == "l2"
-    format = QuantizeFormat(codec.block, bits, levels, stochastic, l2, codes_at, 0, codec.seed)
+    stochastic, l2 = compressor.rounding == "stochastic", compressor.scale == "l2"
+    format = QuantizeFormat(compressor.block, bits, levels, stochastic, l2, codes_at, 0, compressor.seed)
     return format._replace(nbytes=align(codes_at + blocks * format.block_nbytes))

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch import Tensor
-
-from .. import kernels
-from ..feedback import FeedbackState
 from ..kernels.formats import ENTRIES, READ_AHEAD, RUN, TopKFormat, align
 from ..layout import Layout
-from .base import LARGEST, FusedCompressor
+from .base import FusedCompressor
 
 _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 
@@ -23,21 +17,21 @@ _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 class TopK(FusedCompressor):
     """Q[v] keeps the largest magnitudes of v and makes the rest zero.
 
-    The selection runs over a whole shard (a bucket's n-th part, or the bucket with ``server=RANK``), is exact, and gives
-    ties to the lowest index. Zeros stay zeros: where fewer are not, fewer are sent. Where v is not finite, its shard
-    sends those elements as NaN and nothing else (all as NaN, where they are more than it may send); the others wait in
-    the error.
+    The selection covers a whole shard (1 / n of a bucket, or the bucket with ``server=RANK``). It is exact, and resolves ties
+    in favour of the lowest index. Zeros are never sent, so a shard with fewer nonzero elements sends fewer. A shard with
+    non-finite elements sends those alone, as NaN, and the other elements remain in the error; if they exceed what it may
+    send, the whole shard is sent as NaN.
 
     Parameters
     ----------
     ratio
-        Share of the elements that is kept, over 0 and at most 1. Default 0.01.
+        Fraction of the elements that is kept, greater than 0 and at most 1. Default 0.01.
     k
-        Elements that are kept of each shard, instead of a ratio.
+        Number of elements kept in each shard, instead of a ratio.
     values
-        How an element that is sent travels: "fp32"; "fp16"; or "sign", with the mean magnitude of each 64 of them. What
-        that takes away stays in the error. Where it is takes 2 + log2(1 / ratio) bits beside, at most one bit an element
-        of the gradient.
+        How the elements are sent: as "fp32", as "fp16", or as "sign", with one mean magnitude for each 64 of them. Rounding
+        goes to the error. The position of an element takes another 2 + log2(1 / ratio) bits, and all positions together at
+        most one bit for each element of the gradient.
 
     Raises
     ------
@@ -48,6 +42,7 @@ class TopK(FusedCompressor):
     ratio: float | None
     k: int | None
     values: str
+    family = "top_k"
     sparse = True
 
     def __init__(self, ratio: float | None = None, *, k: int | None = None, values: str = "fp32") -> None:
@@ -67,27 +62,6 @@ class TopK(FusedCompressor):
     def format(self, layout: Layout) -> TopKFormat:
         return _format(self, layout)
 
-    def chunk_nbytes(self, layout: Layout) -> int:
-        return self.format(layout).nbytes
-
-    def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor) -> None:
-        kernels.for_device(chunks.device).top_k_encode(_format(self, layout), layout, gradients, memory, chunks)
-
-    def decode(self, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        kernels.for_device(chunks.device).top_k_decode(_format(self, layout), layout, chunks, gradients)
-
-    def accumulate(self, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-        kernels.for_device(chunk.device).top_k_accumulate(_format(self, layout), layout, chunk, weight, total)
-
-    def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        format = _format(self, layout)
-        if self.values == "sign":
-            dtype, begin, count = torch.bfloat16, format.scales_at, most_scales(format.k, layout.shard_numel)
-        else:
-            dtype, begin, count = torch.float32 if self.values == "fp32" else torch.float16, format.values_at, format.k
-        values = chunks[:, begin : begin + count * dtype.itemsize].contiguous().view(-1).view(dtype)
-        return bool(kernels.for_device(chunks.device).all_within(values.float(), limit))
-
 
 def runs_of(shard_numel: int) -> int:
     """Runs in a shard."""
@@ -95,15 +69,17 @@ def runs_of(shard_numel: int) -> int:
 
 
 def most_scales(k: int, shard_numel: int) -> int:
-    """Magnitudes of k entries at most, since each run begins a new one."""
+    """The largest number of magnitudes for k entries, since each run begins a new one."""
     return -(-k // ENTRIES) + runs_of(shard_numel)
 
 
 @lru_cache(maxsize=1024)
-def _format(codec: TopK, layout: Layout) -> TopKFormat:
-    k = codec.k if codec.ratio is None else math.ceil(round(codec.ratio * layout.most_elements, 6))  # 7 of 100 are 0.07
+def _format(compressor: TopK, layout: Layout) -> TopKFormat:
+    k = (
+        compressor.k if compressor.ratio is None else math.ceil(round(compressor.ratio * layout.most_elements, 6))
+    )  # 7 of 100 are 0.07
     assert k is not None
-    k, values = min(k, layout.most_elements), codec.values
+    k, values = min(k, layout.most_elements), compressor.values
     # Of all ways to divide an offset into upper and lower bits the shortest, for which elements and k are enough to know.
     return min((_divided(k, values, layout.shard_numel, b) for b in range(16)), key=lambda format: format.nbytes)
 

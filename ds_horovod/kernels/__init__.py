@@ -1,19 +1,19 @@
-"""Fused passes over a bucket, one module a device, all with the functions of `reference`.
+"""Fused passes over a bucket: `backend` states what they are, `cpu` and `cuda` provide them.
 
-The worker pass is `*_encode` with gradients, the server pass is `*_accumulate` for every worker and then `*_encode` of
-the error alone, or both at once in `*_serve`.
+Where a layout or a compressor has none, `fallback` has them in plain torch.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from . import cpu, cuda
+from .backend import Backend, Passes
+
+__all__ = ["Backend", "Passes", "for_device", "passes"]
 
 
-def for_device(device: torch.device) -> ModuleType:
+def for_device(device: torch.device) -> Backend:
     """The kernels for tensors on this device.
 
     Raises
@@ -26,3 +26,14 @@ def for_device(device: torch.device) -> ModuleType:
     if device.type == "cuda":
         return cuda
     raise ValueError(f"DoubleSqueeze has no kernels for tensors on {device}; it supports cpu and cuda")
+
+
+def passes(family: str, device: torch.device) -> Passes:
+    """The passes of a family on this device.
+
+    Raises
+    ------
+    ValueError
+        There are no kernels for the device.
+    """
+    return for_device(device).FAMILIES[family]

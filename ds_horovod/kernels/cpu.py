@@ -1,18 +1,19 @@
-"""The kernels on CPUs: checks the tensors and calls the C++ extension. What the functions do stands in `reference`."""
+"""The kernels on CPUs: checks the tensors and calls the C++ extension, ``csrc/cpu``."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..feedback import FeedbackState
 from ..layout import Layout
-from .formats import CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
+from . import fallback
+from .backend import Passes
 
 try:
     from .. import _cpu
@@ -21,9 +22,7 @@ except ImportError as error:
         "ds_horovod's compiled kernels are missing; install the package (pip install .) instead of importing its sources"
     ) from error
 
-HOST = True
-"""Whether the host may look at results without waiting for them."""
-
+LARGEST = torch.finfo(torch.float32).max
 _ELEMENTS_PER_THREAD = 1 << 20  # some tenths of a millisecond: less is not worth waking a thread
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -54,31 +53,6 @@ def _layout(layout: Layout) -> _cpu.Layout:
     return _cpu.Layout(list(layout.offsets), list(layout.numels), layout.shards, layout.shard_numel)
 
 
-@lru_cache(maxsize=1024)
-def _one_bit(format: OneBitFormat) -> _cpu.OneBit:
-    return _cpu.OneBit(*format)
-
-
-@lru_cache(maxsize=1024)
-def _top_k(format: TopKFormat) -> _cpu.TopK:
-    return _cpu.TopK(*format)
-
-
-@lru_cache(maxsize=1024)
-def _quantize(format: QuantizeFormat) -> _cpu.Quantize:
-    return _cpu.Quantize(*format)
-
-
-@lru_cache(maxsize=1024)
-def _cast(format: CastFormat) -> _cpu.Cast:
-    return _cpu.Cast(*format)
-
-
-@lru_cache(maxsize=1024)
-def _random_k(format: RandomKFormat) -> _cpu.RandomK:
-    return _cpu.RandomK(*format)
-
-
 def _threads(layout: Layout) -> int:
     return max(1, min(torch.get_num_threads(), layout.numel // _ELEMENTS_PER_THREAD))
 
@@ -107,10 +81,10 @@ def _flat(values: Tensor | None, numel: int) -> int:
     return values.data_ptr()
 
 
-def _memory(memory: FeedbackState, numel: int) -> _cpu.Memory:
-    return _cpu.Memory(
-        _flat(memory.error, numel), _flat(memory.velocity, numel), memory.momentum, memory.bucket, memory.sender,
-        memory.first_shard, memory.step,
+def _native(state: FeedbackState, error: Tensor | None, numel: int) -> _cpu.FeedbackState:
+    return _cpu.FeedbackState(
+        _flat(error, numel), _flat(state.velocity, numel), state.momentum, state.bucket, state.sender, state.first_shard,
+        state.step,
     )  # fmt: skip
 
 
@@ -120,117 +94,68 @@ def _bytes(payload: Tensor) -> tuple[int, int]:
     return payload.data_ptr(), payload.numel()
 
 
-def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
-    """Makes ready what takes long: nothing."""
+class _Family:
+    """The passes of a family, as `backend.Passes` says. Which it is, only the native class knows."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = lru_cache(maxsize=1024)(lambda format: native(*format))
+
+    def prepare(self, format: Any, layout: Layout, device: torch.device) -> None:
+        """Nothing takes long."""
+
+    def encode(
+        self, format: Any, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
+    ) -> None:
+        encoded = state.error if state.total is None else state.total
+        self._native(format).encode(
+            _layout(layout), *_tensors(layout, gradients), _native(state, encoded, layout.numel), *_bytes(chunks),
+            _threads(layout),
+        )  # fmt: skip
+        if state.total is not None and state.error is not None:
+            replied = fallback.decoded(layout, chunks, partial(self.decode, format, layout))
+            fallback.replace_where_finite(layout, replied, state.total, state.error)
+
+    def decode(self, format: Any, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        self._native(format).decode(_layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+
+    def accumulate(self, format: Any, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        to, threads = _flat(total, layout.numel), _threads(layout)
+        for chunk in pushed if pushed.dim() == 2 else (pushed,):
+            self._native(format).accumulate(_layout(layout), *_bytes(chunk), weight, to, threads)
+
+    def is_within(self, format: Any, layout: Layout, chunks: Tensor, limit: float) -> bool:
+        return bool(self._native(format).is_within(_layout(layout), *_bytes(chunks), len(chunks), limit))
+
+    def serve(self, format: Any, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor) -> bool:
+        return bool(
+            self._native(format).serve(
+                _layout(layout), *_bytes(pushed), len(pushed), weight, _native(state, state.error, layout.numel),
+                *_bytes(chunk), _threads(layout),
+            )
+        )  # fmt: skip
+
+    def nonfinite_mask(self, format: Any, layout: Layout, chunks: Tensor) -> Tensor | None:
+        if self.is_within(format, layout, chunks, LARGEST):
+            return None
+        return fallback.nonfinite_mask(layout, fallback.decoded(layout, chunks, partial(self.decode, format, layout)))
+
+    def rollback(
+        self,
+        format: Any,
+        layout: Layout,
+        payload: Tensor,
+        mask: Tensor,
+        gradients: Sequence[Tensor],
+        state: FeedbackState,
+        sparse: bool,
+    ) -> None:
+        sent = fallback.decoded(layout, payload, partial(self.decode, format, layout))
+        fallback.rollback(layout, sent, mask, gradients, state, sparse)
 
 
-def _encode(
-    native: Any, codec: Any, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    native(
-        codec, _layout(layout), *_tensors(layout, gradients), _memory(memory, layout.numel), *_bytes(chunks), _threads(layout)
-    )
+FAMILIES: dict[str, Passes] = {name: _Family(native) for name, native in _cpu.families.items()}
 
 
-def _decode(native: Any, codec: Any, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    native(codec, _layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
-
-
-def _accumulate(native: Any, codec: Any, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    native(codec, _layout(layout), *_bytes(chunk), weight, _flat(total, layout.numel), _threads(layout))
-
-
-def _serve(
-    native: Any, codec: Any, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
-) -> None:
-    native(codec, _layout(layout), *_bytes(pushed), weight, _memory(memory, layout.numel), *_bytes(chunk), _threads(layout))
-
-
-def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    _encode(_cpu.one_bit_encode, _one_bit(format), layout, gradients, memory, chunks)
-
-
-def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _decode(_cpu.one_bit_decode, _one_bit(format), layout, chunks, gradients)
-
-
-def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _accumulate(_cpu.one_bit_accumulate, _one_bit(format), layout, chunk, weight, total)
-
-
-def one_bit_serve(
-    format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
-) -> None:
-    _serve(_cpu.one_bit_serve, _one_bit(format), layout, pushed, weight, FeedbackState(error), chunk)
-
-
-def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    _encode(_cpu.top_k_encode, _top_k(format), layout, gradients, memory, chunks)
-
-
-def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _decode(_cpu.top_k_decode, _top_k(format), layout, chunks, gradients)
-
-
-def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _accumulate(_cpu.top_k_accumulate, _top_k(format), layout, chunk, weight, total)
-
-
-def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    _encode(_cpu.quantize_encode, _quantize(format), layout, gradients, memory, chunks)
-
-
-def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _decode(_cpu.quantize_decode, _quantize(format), layout, chunks, gradients)
-
-
-def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _accumulate(_cpu.quantize_accumulate, _quantize(format), layout, chunk, weight, total)
-
-
-def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
-) -> None:
-    _serve(_cpu.quantize_serve, _quantize(format), layout, pushed, weight, memory, chunk)
-
-
-def cast_encode(
-    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    _encode(_cpu.cast_encode, _cast(format), layout, gradients, memory, chunks)
-
-
-def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _decode(_cpu.cast_decode, _cast(format), layout, chunks, gradients)
-
-
-def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _accumulate(_cpu.cast_accumulate, _cast(format), layout, chunk, weight, total)
-
-
-def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
-    return bool(_cpu.cast_is_within(_cast(format), *_bytes(chunks), limit))
-
-
-def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    _encode(_cpu.random_k_encode, _random_k(format), layout, gradients, memory, chunks)
-
-
-def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    _decode(_cpu.random_k_decode, _random_k(format), layout, chunks, gradients)
-
-
-def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    _accumulate(_cpu.random_k_accumulate, _random_k(format), layout, chunk, weight, total)
-
-
-def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
+def all_within(values: Tensor, limit: float = LARGEST) -> bool:
+    """As `Backend.all_within`."""
     return bool(_cpu.all_within(_flat(values, values.numel()), values.numel(), limit))

@@ -1,15 +1,15 @@
-"""The kernels on GPUs: checks the tensors and launches ``csrc/cuda``. What the functions do stands in `reference`.
+"""The kernels on GPUs: checks the tensors and launches ``csrc/cuda``.
 
 Nothing here waits for the device, and no pass needs an answer from it. So payloads that no encoder writes do not raise, as they
-do on a CPU: they are decoded to NaN, or to some values, and nothing is read or written out of bounds. Functions that accumulate
-take the chunks of several workers at once.
+do on a CPU: they are decoded to NaN, or to some values, and nothing is read or written out of bounds.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from torch import Tensor
 from ..feedback import FeedbackState
 from ..layout import Layout
 from . import launch as launching
+from .backend import Passes
 from .formats import RUN, CastFormat, OneBitFormat, QuantizeFormat, RandomKFormat, TopKFormat
 from .launch import THREADS, by_value, struct
 
-HOST = False
-"""Whether the host may look at results without waiting for them."""
-
-Format: TypeAlias = OneBitFormat | QuantizeFormat | CastFormat | RandomKFormat | TopKFormat
+_Format = TypeVar("_Format", OneBitFormat, QuantizeFormat, CastFormat, RandomKFormat, TopKFormat)
 _Argument: TypeAlias = np.ndarray[Any, Any]
 
 _ROW = 32  # kRow in csrc/cuda/common.cuh, and so on
@@ -40,7 +38,7 @@ _LAYOUT = struct(
     ("offset", np.uint64), ("numel", np.uint64), ("tensor_at", np.uint64),
     ("tensors", np.int64), ("shards", np.int64), ("shard_numel", np.int64),
 )  # fmt: skip
-_MEMORY = struct(
+_FEEDBACK_STATE = struct(
     ("error", np.uint64), ("velocity", np.uint64), ("total", np.uint64), ("momentum", np.float32)
 )  # fmt: skip
 _PHILOX = struct(("key", np.uint32, (2,)), ("counter", np.uint32, (3,)))
@@ -121,43 +119,16 @@ def _regions(block: int, granularity: str, layout: Layout, device: torch.device)
     return _Regions(by_value(_REGIONS, *starts), arrays, int(first_block[-1]), len(regions))
 
 
-class _Codec(NamedTuple):
-    """How a format's kernels are found, and the first of their arguments."""
+class _Kernels(NamedTuple):
+    """How the kernels of a format are found and launched."""
 
-    family: str  # csrc/cuda/<family>.cu
+    source: str  # csrc/cuda/<source>.cu
     prefix: str  # of the kernels' names
     options: tuple[str, ...]
-    argument: _Argument
+    argument: _Argument  # the format, which is their first one
     block: int  # elements: tensors start on multiples
-    elements: int  # that a block of threads encodes
-
-
-@lru_cache(maxsize=1024)
-def _codec(format: Format) -> _Codec:
-    if isinstance(format, OneBitFormat):
-        team = _team(format.block)
-        granularity = ("block", "parameter", "bucket").index(format.granularity)
-        argument = by_value(
-            _ONE_BIT, format.block, format.scale == "l2", granularity, team, format.bits_at, format.nbytes
-        )  # fmt: skip
-        return _Codec("one_bit", "one_bit", (), argument, format.block, format.block * (_WARPS // team))
-    if isinstance(format, QuantizeFormat):
-        columns = format.block_nbytes // (3 if format.bits == 3 else 1)
-        team = _team(8 * columns // {0: 2, 2: 2, 3: 1, 4: 4, 8: 8}[format.bits])  # a thread takes that many columns
-        options = (f"-DBITS={format.bits}", f"-DSTOCHASTIC={int(format.stochastic)}", f"-DL2={int(format.l2)}")
-        argument = by_value(
-            _QUANTIZE, format.codes_at, format.nbytes, format.block, columns, format.block_nbytes, team
-        )  # fmt: skip
-        return _Codec("quantize", "quantize", options, argument, format.block, format.block * (_WARPS // team))
-    if isinstance(format, CastFormat):
-        argument = by_value(_CAST, _TRAVELLING[format.dtype], format.nbytes)
-        return _Codec("elements", "cast", (), argument, _ROW, _QUADS)
-    if isinstance(format, TopKFormat):
-        values = ("fp32", "fp16", "sign").index(format.values)
-        return _Codec("top_k", "top_k", (), by_value(_TOP_K, format.k, values, *format[2:]), _ROW, _TILE)
-    key = format.seed & 0xFFFFFFFF, format.seed >> 32
-    argument = by_value(_RANDOM_K, format.k, format.values == "fp16", format.nbytes, key)
-    return _Codec("elements", "random_k", (), argument, _ROW, _QUADS)
+    encodes: int  # elements that a block of threads encodes
+    decodes: int  # and that it decodes
 
 
 def _team(elements: int) -> int:
@@ -168,40 +139,29 @@ def _team(elements: int) -> int:
     return team
 
 
-def prepare(format: Format, layout: Layout, device: torch.device) -> None:
-    """Compiles a format's kernels and copies a layout to a device. That may wait; passes do not then.
-
-    Raises
-    ------
-    ImportError, ValueError
-        The device cannot be used: why, and what to install.
-    """
-    call = _call(format, layout, device)
-    call.device.kernel(call.codec.family, f"{call.codec.prefix}_lost", call.codec.options)
-
-
 # ---- one pass
 
 
 class _Call:
     """A pass over a layout on a device: its arguments, checked."""
 
-    def __init__(self, format: Format, layout: Layout, where: torch.device) -> None:
-        self.format, self.layout, self.where = format, layout, where
-        self.codec = _codec(format)
+    def __init__(self, kernels: _Kernels, nbytes: int, layout: Layout, where: torch.device) -> None:
+        self.kernels, self.nbytes, self.layout, self.where = kernels, nbytes, layout, where
         self.device = launching.device_of(where)
-        block = self.codec.block
+        block = kernels.block
         if layout.shard_numel % block or any(offset % block for offset in layout.offsets) or block >= 2**31:
             raise ValueError(f"tensors and shards must start on blocks of {block} elements")
-        self.common: tuple[Any, ...] = (self.codec.argument, _layout(layout, where).argument)
+        self.common: tuple[Any, ...] = (kernels.argument, _layout(layout, where).argument)
         self._kept: list[Tensor | None] = []
+
+    def kernel(self, name: str) -> launching.Kernel:
+        return self.device.kernel(self.kernels.source, f"{self.kernels.prefix}_{name}", self.kernels.options)
 
     def launch(self, name: str, per_block: int, *args: Any, things: int | None = None) -> None:
         """Starts a kernel with a row of blocks for each shard; a block takes so many elements, or things, of the shard."""
         if self.layout.numels:
             things = self.layout.shard_numel if things is None else things
-            kernel = self.device.kernel(self.codec.family, f"{self.codec.prefix}_{name}", self.codec.options)
-            launching.launch(self.device, kernel, (-(-things // per_block), self.layout.shards), *self.common, *args)
+            launching.launch(self.device, self.kernel(name), (-(-things // per_block), self.layout.shards), *self.common, *args)
 
     def flat(self, values: Tensor | None) -> Any:
         """Where a float32 array of the layout is; 0 where there is none."""
@@ -215,13 +175,13 @@ class _Call:
             )
         return np.uint64(self._aligned(values, 16))
 
-    def memory(self, memory: FeedbackState, gradients: Sequence[Tensor] | None) -> _Argument:
-        if gradients is None and memory.error is None and memory.total is None:
+    def state(self, state: FeedbackState, gradients: Sequence[Tensor] | None) -> _Argument:
+        if gradients is None and state.error is None and state.total is None:
             raise ValueError("nothing to encode")
-        if memory.velocity is not None and (gradients is None or memory.error is None):
+        if state.velocity is not None and (gradients is None or state.error is None):
             raise ValueError("a velocity needs gradients and an error")
-        flat = (self.flat(memory.error), self.flat(memory.velocity), self.flat(memory.total))
-        return by_value(_MEMORY, *flat, memory.momentum)
+        flat = (self.flat(state.error), self.flat(state.velocity), self.flat(state.total))
+        return by_value(_FEEDBACK_STATE, *flat, state.momentum)
 
     def tensors(self, tensors: Sequence[Tensor] | None) -> _Argument:
         """The tensors of the layout; None: there are none."""
@@ -246,10 +206,8 @@ class _Call:
         self._require_here(payload)
         if payload.dtype != torch.uint8 or not payload.is_contiguous():
             raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
-        if payload.numel() != chunks * self.format.nbytes:
-            raise ValueError(
-                f"a payload of {payload.numel()} bytes, expected {chunks} chunks of {self.format.nbytes}: truncated?"
-            )
+        if payload.numel() != chunks * self.nbytes:
+            raise ValueError(f"a payload of {payload.numel()} bytes, expected {chunks} chunks of {self.nbytes}: truncated?")
         return np.uint64(self._aligned(payload, 16))
 
     def pushed(self, pushed: Tensor, weight: float) -> tuple[Any, Any, Any]:
@@ -259,11 +217,11 @@ class _Call:
         workers = pushed.shape[0] if pushed.dim() == 2 else 1
         return self.payload(pushed, workers), np.int64(workers), np.float32(weight)
 
-    def lost(self, lost: Tensor) -> Any:
-        self._require_here(lost)
-        if lost.dtype != torch.int32 or lost.numel() * _ROW != self.layout.numel or not lost.is_contiguous():
-            raise ValueError(f"expected {self.layout.numel // _ROW} words of bits, got {lost.dtype} {tuple(lost.shape)}")
-        return np.uint64(self._aligned(lost, 4))
+    def mask(self, mask: Tensor) -> Any:
+        self._require_here(mask)
+        if mask.dtype != torch.int32 or mask.numel() * _ROW != self.layout.numel or not mask.is_contiguous():
+            raise ValueError(f"expected {self.layout.numel // _ROW} words of bits, got {mask.dtype} {tuple(mask.shape)}")
+        return np.uint64(self._aligned(mask, 4))
 
     def _require_here(self, tensor: Tensor) -> None:
         if tensor.device != self.where:
@@ -276,200 +234,232 @@ class _Call:
         return address
 
 
-def _call(format: Format, layout: Layout, where: torch.device) -> _Call:
-    return (_OneBitCall if isinstance(format, OneBitFormat) else _Call)(format, layout, where)
+# ---- the families
 
 
-def nonfinite_mask(format: Format, layout: Layout, chunks: Tensor) -> Tensor:
-    """As `Compressor.nonfinite_mask`, but never None: only the device knows."""
-    call = _call(format, layout, chunks.device)
-    bits = torch.empty(layout.numel // _ROW, dtype=torch.int32, device=chunks.device)
-    call.launch("lost", _ROWS, call.payload(chunks, layout.shards), call.lost(bits))
-    return bits
+class _Family(ABC, Generic[_Format]):
+    """The passes of a family, as `backend.Passes` says."""
+
+    @abstractmethod
+    def kernels(self, format: _Format) -> _Kernels:
+        """Those of a format."""
+
+    def call(self, format: _Format, layout: Layout, where: torch.device) -> _Call:
+        return _Call(_kernels(self, format), format.nbytes, layout, where)
+
+    def prepare(self, format: _Format, layout: Layout, device: torch.device) -> None:
+        """Compiles a format's kernels and copies a layout to a device. That may wait; passes do not then.
+
+        Raises
+        ------
+        ImportError, ValueError
+            The device cannot be used: why, and what to install.
+        """
+        self.call(format, layout, device).kernel("nonfinite_mask")
+
+    def encode(
+        self, format: _Format, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
+    ) -> None:
+        call = self.call(format, layout, chunks.device)
+        tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
+        call.launch("encode", call.kernels.encodes, tensors, kept, *self.drawn(format, state), payload)
+
+    def drawn(self, format: _Format, state: FeedbackState) -> tuple[_Argument, ...]:
+        """The argument that says which random numbers are drawn, if any."""
+        return ()
+
+    def decode(self, format: _Format, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        call = self.call(format, layout, chunks.device)
+        call.launch("decode", call.kernels.decodes, call.payload(chunks, layout.shards), call.tensors(gradients))
+
+    def accumulate(self, format: _Format, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        call = self.call(format, layout, pushed.device)
+        call.launch("accumulate", call.kernels.decodes, *call.pushed(pushed, weight), call.flat(total))
+
+    def is_within(self, format: _Format, layout: Layout, chunks: Tensor, limit: float) -> bool:
+        """The host does not wait to know."""
+        return False
+
+    def serve(
+        self, format: _Format, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor
+    ) -> bool:
+        call = self.call(format, layout, chunk.device)
+        workers, error, payload = call.pushed(pushed, weight), call.flat(state.error), call.payload(chunk, 1)
+        call.launch("serve", call.kernels.encodes, *workers, error, *self.drawn(format, state), payload)
+        return True
+
+    def nonfinite_mask(self, format: _Format, layout: Layout, chunks: Tensor) -> Tensor | None:
+        """Never None: only the device knows."""
+        call = self.call(format, layout, chunks.device)
+        bits = torch.empty(layout.numel // _ROW, dtype=torch.int32, device=chunks.device)
+        call.launch("nonfinite_mask", _ROWS, call.payload(chunks, layout.shards), call.mask(bits))
+        return bits
+
+    def rollback(
+        self,
+        format: _Format,
+        layout: Layout,
+        payload: Tensor,
+        mask: Tensor,
+        gradients: Sequence[Tensor],
+        state: FeedbackState,
+        sparse: bool,
+    ) -> None:
+        call = self.call(format, layout, mask.device)
+        call.launch(
+            "rollback", _ROWS, call.payload(payload, layout.shards), call.mask(mask), call.tensors(gradients),
+            call.state(state, gradients), np.int64(sparse),
+        )  # fmt: skip
 
 
-def rollback(
-    format: Format,
-    layout: Layout,
-    payload: Tensor,
-    lost: Tensor,
-    gradients: Sequence[Tensor],
-    memory: FeedbackState,
-    sparse: bool,
-) -> None:
-    """As `Compressor.rollback`."""
-    call = _call(format, layout, lost.device)
-    call.launch(
-        "take_back", _ROWS, call.payload(payload, layout.shards), call.lost(lost), call.tensors(gradients),
-        call.memory(memory, gradients), np.int64(sparse),
-    )  # fmt: skip
-
-
-# ---- one bit
+@lru_cache(maxsize=1024)
+def _kernels(family: _Family[Any], format: Any) -> _Kernels:
+    return family.kernels(format)
 
 
 class _OneBitCall(_Call):
-    def __init__(self, format: Any, layout: Layout, where: torch.device) -> None:
-        super().__init__(format, layout, where)
+    def __init__(self, format: OneBitFormat, kernels: _Kernels, layout: Layout, where: torch.device) -> None:
+        super().__init__(kernels, format.nbytes, layout, where)
         self.regions = _regions(format.block, format.granularity, layout, where)
         self.common += (self.regions.argument,)
 
     def scales(self, sums: Tensor, chunks: Any) -> None:
         """The second of three launches: a block of threads for each region."""
         if self.layout.numels:
-            kernel = self.device.kernel("one_bit", "one_bit_scales")
-            launching.launch(self.device, kernel, (self.regions.regions, 1), *self.common, np.uint64(sums.data_ptr()), chunks)
+            args = np.uint64(sums.data_ptr()), chunks
+            launching.launch(self.device, self.kernel("scales"), (self.regions.regions, 1), *self.common, *args)
 
 
-def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    call = _OneBitCall(format, layout, chunks.device)
-    if memory.velocity is not None:
-        raise ValueError("signs of all elements leave no velocity")
-    tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)
-    if format.granularity == "block":
-        return call.launch("encode", call.codec.elements, tensors, kept, payload)
-    sums = torch.empty(call.regions.blocks, device=chunks.device)
-    call.launch("sums", call.codec.elements, tensors, kept, np.uint64(sums.data_ptr()))
-    call.scales(sums, payload)
-    call.launch("signs", call.codec.elements, tensors, kept, payload)
+class _OneBit(_Family[OneBitFormat]):
+    def kernels(self, format: OneBitFormat) -> _Kernels:
+        team = _team(format.block)
+        granularity = ("block", "parameter", "bucket").index(format.granularity)
+        argument = by_value(
+            _ONE_BIT, format.block, format.scale == "l2", granularity, team, format.bits_at, format.nbytes
+        )  # fmt: skip
+        return _Kernels("one_bit", "one_bit", (), argument, format.block, format.block * (_WARPS // team), _QUADS)
+
+    def call(self, format: OneBitFormat, layout: Layout, where: torch.device) -> _OneBitCall:
+        return _OneBitCall(format, _kernels(self, format), layout, where)
+
+    def encode(
+        self, format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
+    ) -> None:
+        if state.velocity is not None:
+            raise ValueError("signs of all elements leave no velocity")
+        if format.granularity == "block":
+            return super().encode(format, layout, gradients, state, chunks)
+        call = self.call(format, layout, chunks.device)
+        tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
+        sums = torch.empty(call.regions.blocks, device=chunks.device)
+        call.launch("sums", call.kernels.encodes, tensors, kept, np.uint64(sums.data_ptr()))
+        call.scales(sums, payload)
+        call.launch("signs", call.kernels.encodes, tensors, kept, payload)
+
+    def serve(
+        self, format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor
+    ) -> bool:
+        if format.granularity == "block":
+            return super().serve(format, layout, pushed, weight, state, chunk)
+        call = self.call(format, layout, chunk.device)
+        workers, payload = call.pushed(pushed, weight), call.payload(chunk, 1)
+        sums = torch.empty(call.regions.blocks, device=chunk.device)
+        total = torch.empty(layout.numel, device=chunk.device)
+        flat = call.flat(state.error), call.flat(total)
+        call.launch("serve_sums", call.kernels.encodes, *workers, *flat, np.uint64(sums.data_ptr()))
+        call.scales(sums, payload)
+        kept = call.state(FeedbackState(state.error, total=total), None)
+        call.launch("signs", call.kernels.encodes, call.tensors(None), kept, payload)
+        return True
 
 
-def one_bit_serve(
-    format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
-) -> None:
-    call = _OneBitCall(format, layout, chunk.device)
-    workers, payload = call.pushed(pushed, weight), call.payload(chunk, 1)
-    if format.granularity == "block":
-        return call.launch("serve", call.codec.elements, *workers, call.flat(error), payload)
-    sums = torch.empty(call.regions.blocks, device=chunk.device)
-    total = torch.empty(layout.numel, device=chunk.device)
-    flat = call.flat(error), call.flat(total)
-    call.launch("serve_sums", call.codec.elements, *workers, *flat, np.uint64(sums.data_ptr()))
-    call.scales(sums, payload)
-    call.launch("signs", call.codec.elements, call.tensors(None), call.memory(FeedbackState(error, total=total), None), payload)
+class _Quantize(_Family[QuantizeFormat]):
+    def kernels(self, format: QuantizeFormat) -> _Kernels:
+        columns = format.block_nbytes // (3 if format.bits == 3 else 1)
+        team = _team(8 * columns // {0: 2, 2: 2, 3: 1, 4: 4, 8: 8}[format.bits])  # a thread takes that many columns
+        options = (f"-DBITS={format.bits}", f"-DSTOCHASTIC={int(format.stochastic)}", f"-DL2={int(format.l2)}")
+        argument = by_value(
+            _QUANTIZE, format.codes_at, format.nbytes, format.block, columns, format.block_nbytes, team
+        )  # fmt: skip
+        elements = format.block * (_WARPS // team)
+        return _Kernels("quantize", "quantize", options, argument, format.block, elements, elements)
+
+    def drawn(self, format: QuantizeFormat, state: FeedbackState) -> tuple[_Argument, ...]:
+        key = format.seed & 0xFFFFFFFF, format.seed >> 32
+        return (by_value(_PHILOX, key, (state.step, state.bucket, state.sender)),)
 
 
-def one_bit_decode(format: OneBitFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    call = _OneBitCall(format, layout, chunks.device)
-    call.launch("decode", _QUADS, call.payload(chunks, layout.shards), call.tensors(gradients))
+class _Cast(_Family[CastFormat]):
+    def kernels(self, format: CastFormat) -> _Kernels:
+        argument = by_value(_CAST, _TRAVELLING[format.dtype], format.nbytes)
+        return _Kernels("elements", "cast", (), argument, _ROW, _QUADS, _QUADS)
 
 
-def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    call = _OneBitCall(format, layout, chunk.device)
-    call.launch("accumulate", _QUADS, *call.pushed(chunk, weight), call.flat(total))
+class _RandomK(_Family[RandomKFormat]):
+    def kernels(self, format: RandomKFormat) -> _Kernels:
+        key = format.seed & 0xFFFFFFFF, format.seed >> 32
+        argument = by_value(_RANDOM_K, format.k, format.values == "fp16", format.nbytes, key)
+        return _Kernels("elements", "random_k", (), argument, _ROW, _QUADS, _QUADS)
+
+    def header(self, format: RandomKFormat, state: FeedbackState) -> _Argument:
+        return by_value(_HEADER, state.step, state.bucket, state.first_shard, format.k)
+
+    def encode(
+        self, format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
+    ) -> None:
+        call = self.call(format, layout, chunks.device)
+        tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
+        nonfinite, nonfinite_at = None, np.uint64(0)
+        if gradients is not None and state.error is not None:
+            nonfinite = torch.empty(layout.numel // 4, dtype=torch.uint8, device=chunks.device)
+            nonfinite_at = np.uint64(nonfinite.data_ptr())
+        call.launch("collect", _QUADS, tensors, kept, nonfinite_at, payload)
+        if state.error is not None:
+            call.launch("finish", _QUADS, tensors, kept, nonfinite_at, payload)
+        call.launch("send", _QUADS, self.header(format, state), tensors, kept, payload, things=format.k)
+
+    def serve(
+        self, format: RandomKFormat, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor
+    ) -> bool:
+        call = self.call(format, layout, chunk.device)
+        args = self.header(format, state), *call.pushed(pushed, weight), call.flat(state.error), call.payload(chunk, 1)
+        call.launch("serve_check", _QUADS, *args, things=format.k)
+        call.launch("serve", _QUADS, *args, things=format.k)
+        return True
+
+    def decode(self, format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
+        call = self.call(format, layout, chunks.device)
+        payload, tensors = call.payload(chunks, layout.shards), call.tensors(gradients)
+        call.launch("fill", _QUADS, payload, tensors)
+        call.launch("scatter", _QUADS, payload, tensors, things=format.k)
+
+    def accumulate(self, format: RandomKFormat, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
+        call = self.call(format, layout, pushed.device)
+        call.launch("accumulate", _QUADS, *call.pushed(pushed, weight), call.flat(total), things=format.k)
 
 
-# ---- levels
+class _TopK(_Family[TopKFormat]):
+    def kernels(self, format: TopKFormat) -> _Kernels:
+        values = ("fp32", "fp16", "sign").index(format.values)
+        return _Kernels("top_k", "top_k", (), by_value(_TOP_K, format.k, values, *format[2:]), _ROW, _TILE, RUN)
 
+    def encode(
+        self, format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
+    ) -> None:
+        call = self.call(format, layout, chunks.device)
+        tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
+        work = _top_k_work(format, layout, chunks.device, state).argument
+        call.launch("gather", _TILE, tensors, kept, work)
+        for level in range(3):
+            call.launch("narrow", RUN, tensors, kept, work, np.int64(level == 0))
+        call.launch("place", RUN, tensors, kept, work, payload)
+        call.launch("emit", RUN, tensors, kept, work, payload)
 
-def _philox(seed: int, memory: FeedbackState) -> _Argument:
-    return by_value(_PHILOX, (seed & 0xFFFFFFFF, seed >> 32), (memory.step, memory.bucket, memory.sender))
-
-
-def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    call = _Call(format, layout, chunks.device)
-    call.launch(
-        "encode", call.codec.elements, call.tensors(gradients), call.memory(memory, gradients), _philox(format.seed, memory),
-        call.payload(chunks, layout.shards),
-    )  # fmt: skip
-
-
-def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
-) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch(
-        "serve", call.codec.elements, *call.pushed(pushed, weight), call.flat(memory.error), _philox(format.seed, memory),
-        call.payload(chunk, 1),
-    )  # fmt: skip
-
-
-def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    call = _Call(format, layout, chunks.device)
-    call.launch("decode", call.codec.elements, call.payload(chunks, layout.shards), call.tensors(gradients))
-
-
-def quantize_accumulate(format: QuantizeFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch("accumulate", call.codec.elements, *call.pushed(chunk, weight), call.flat(total))
-
-
-# ---- element by element
-
-
-def cast_encode(
-    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    call = _Call(format, layout, chunks.device)
-    kept, payload = call.memory(memory, gradients), call.payload(chunks, layout.shards)
-    call.launch("encode", _QUADS, call.tensors(gradients), kept, payload)
-
-
-def cast_serve(format: CastFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch("serve", _QUADS, *call.pushed(pushed, weight), call.flat(error), call.payload(chunk, 1))
-
-
-def cast_decode(format: CastFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    call = _Call(format, layout, chunks.device)
-    call.launch("decode", _QUADS, call.payload(chunks, layout.shards), call.tensors(gradients))
-
-
-def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch("accumulate", _QUADS, *call.pushed(chunk, weight), call.flat(total))
-
-
-def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[format.dtype]
-    return all_within(chunks.view(-1).view(dtype).float(), limit)
-
-
-def _header(format: RandomKFormat, memory: FeedbackState) -> _Argument:
-    return by_value(_HEADER, memory.step, memory.bucket, memory.first_shard, format.k)
-
-
-def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    call = _Call(format, layout, chunks.device)
-    tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)
-    odd, odd_at = None, np.uint64(0)
-    if gradients is not None and memory.error is not None:
-        odd = torch.empty(layout.numel // 4, dtype=torch.uint8, device=chunks.device)
-        odd_at = np.uint64(odd.data_ptr())
-    call.launch("collect", _QUADS, tensors, kept, odd_at, payload)
-    if memory.error is not None:
-        call.launch("settle", _QUADS, tensors, kept, odd_at, payload)
-    call.launch("send", _QUADS, _header(format, memory), tensors, kept, payload, things=format.k)
-
-
-def random_k_serve(
-    format: RandomKFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
-) -> None:
-    call = _Call(format, layout, chunk.device)
-    args = _header(format, memory), *call.pushed(pushed, weight), call.flat(memory.error), call.payload(chunk, 1)
-    call.launch("serve_check", _QUADS, *args, things=format.k)
-    call.launch("serve", _QUADS, *args, things=format.k)
-
-
-def random_k_decode(format: RandomKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    call = _Call(format, layout, chunks.device)
-    payload, tensors = call.payload(chunks, layout.shards), call.tensors(gradients)
-    call.launch("fill", _QUADS, payload, tensors)
-    call.launch("scatter", _QUADS, payload, tensors, things=format.k)
-
-
-def random_k_accumulate(format: RandomKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch("accumulate", _QUADS, *call.pushed(chunk, weight), call.flat(total), things=format.k)
-
-
-# ---- the largest
+    def serve(
+        self, format: TopKFormat, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor
+    ) -> bool:
+        """The selection needs the whole sum first."""
+        return False
 
 
 @lru_cache(maxsize=1024)
@@ -484,10 +474,10 @@ class _Work(NamedTuple):
     arrays: tuple[Tensor, Tensor]
 
 
-def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory: FeedbackState) -> _Work:
-    """What a memory's passes keep on the device: the threshold they guess next, and room for candidates and entries."""
+def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, state: FeedbackState) -> _Work:
+    """What a state's passes keep on the device: the threshold they guess next, and room for candidates and entries."""
     key = format, layout, device
-    found: _Work | None = memory.scratch.get(key)
+    found: _Work | None = state.scratch.get(key)
     if found is None:
         # Candidates are half as many again to twice what is sent; of a large share the guess would save nothing.
         capacity = 3 * format.k + _TILE if 8 * format.k < layout.shard_numel else 0
@@ -498,33 +488,19 @@ def _top_k_work(format: TopKFormat, layout: Layout, device: torch.device, memory
         starts = words.data_ptr() + 4 * np.cumsum([0, *sizes[:-1]])
         elements, elements_at = _elements(layout, device)
         found = _Work(by_value(_TOP_K_WORK, elements_at, *starts, capacity), (words, elements))
-        memory.scratch[key] = found
+        state.scratch[key] = found
     return found
 
 
-def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
-) -> None:
-    call = _Call(format, layout, chunks.device)
-    tensors, kept, payload = call.tensors(gradients), call.memory(memory, gradients), call.payload(chunks, layout.shards)
-    work = _top_k_work(format, layout, chunks.device, memory).argument
-    call.launch("gather", _TILE, tensors, kept, work)
-    for level in range(3):
-        call.launch("narrow", RUN, tensors, kept, work, np.int64(level == 0))
-    call.launch("place", RUN, tensors, kept, work, payload)
-    call.launch("emit", RUN, tensors, kept, work, payload)
-
-
-def top_k_decode(format: TopKFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-    call = _Call(format, layout, chunks.device)
-    call.launch("decode", RUN, call.payload(chunks, layout.shards), call.tensors(gradients))
-
-
-def top_k_accumulate(format: TopKFormat, layout: Layout, chunk: Tensor, weight: float, total: Tensor) -> None:
-    call = _Call(format, layout, chunk.device)
-    call.launch("accumulate", RUN, *call.pushed(chunk, weight), call.flat(total))
+FAMILIES: dict[str, Passes] = {
+    "one_bit": _OneBit(),
+    "top_k": _TopK(),
+    "quantize": _Quantize(),
+    "cast": _Cast(),
+    "random_k": _RandomK(),
+}
 
 
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
-    """Waits for the device: for compressors without kernels."""
+    """As `Backend.all_within`, for compressors without kernels."""
     return bool((values.abs() <= limit).all())

@@ -75,9 +75,9 @@ class QuantizeFormat(NamedTuple):
 
 
 class CastFormat(NamedTuple):
-    """A 16-bit float for each element of the shard. What is not finite is NaN: 0x7e00 as fp16, 0x7fc0 as bf16.
+    """A float for each element of the shard: "fp16" or "bf16", or "fp32", which is no compression.
 
-    Kernels on GPUs write `NoCompression` too, as "fp32", with NaN 0x7fc00000.
+    What is not finite is NaN: 0x7e00 as fp16, 0x7fc0 as bf16, 0x7fc00000 as fp32.
     """
 
     dtype: str
@@ -89,7 +89,7 @@ class RandomKFormat(NamedTuple):
 
     Stratum i of the shard's numel elements, padding included, begins at element ``i * numel // k``. Value i belongs to its
     element ``word * length >> 32``, length being the stratum's, and `word` the i-th of all words of the counters (row, step,
-    bucket, shard), four for each row from 0 on, under the key ``seed ^ 0x72616e64 << 32`` (`reference.random_words`).
+    bucket, shard), four for each row from 0 on, under the key ``seed ^ 0x72616e64 << 32`` (``csrc/shared/philox.h``).
     Values that fall into padding are zero.
     """
 

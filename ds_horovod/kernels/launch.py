@@ -46,9 +46,10 @@ class Device(Protocol):
 def sources(family: str) -> str:
     """What is compiled for a family."""
     here = Path(__file__).resolve()
-    for folder in (here.parent / "csrc", here.parents[2] / "csrc" / "cuda"):  # installed, or a checkout
+    for folder in (here.parent / "csrc", here.parents[2] / "csrc"):  # installed, or a checkout
         if folder.is_dir():
-            return (folder / "common.cuh").read_text() + (folder / f"{family}.cu").read_text()
+            parts = "shared/half.h", "shared/philox.h", "cuda/common.cuh", f"cuda/{family}.cu"
+            return "".join((folder / part).read_text() for part in parts)
     raise FileNotFoundError("ds_horovod's CUDA sources are missing; install the package (pip install .)")
 
 

@@ -1,5 +1,7 @@
 """The kernels in plain torch: slow, easy to check by eye, and the oracle that every other kernel equals bit for bit.
 
+A backend like those of `ds_horovod.kernels`, whose contract explains the passes.
+
 Denormals count as zero, before and after each operation, as they do in CuPy's kernels, where that cannot be changed.
 Sums are taken in the fixed order that csrc/cpu/one_bit.inl states.
 """
@@ -8,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..feedback import FeedbackState
-from ..layout import Layout, Piece
-from .formats import (
+from ds_horovod.feedback import FeedbackState
+from ds_horovod.kernels.formats import (
     ALL_NOT_FINITE,
     ENTRIES,
     RANDOM_K_HEADER,
@@ -26,16 +27,12 @@ from .formats import (
     RandomKFormat,
     TopKFormat,
 )
+from ds_horovod.layout import Layout, Piece
 
-HOST = True  # as in `cpu`
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
-
-
-def prepare(format: NamedTuple, layout: Layout, device: torch.device) -> None:
-    """Makes ready what takes long: nothing."""
 
 
 def flush(x: Tensor) -> Tensor:
@@ -44,20 +41,20 @@ def flush(x: Tensor) -> Tensor:
 
 
 def corrected(
-    layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, memory: FeedbackState
+    layout: Layout, shard: int, piece: Piece, gradients: Sequence[Tensor] | None, state: FeedbackState
 ) -> tuple[Tensor, Tensor | None]:
     """v = error + velocity of a piece, float32, and the velocity, None and the gradient where there is no momentum.
 
-    Gradients or the error may be missing. The memory is not changed.
+    Gradients or the error may be missing. The state is not changed.
     """
-    error = of_piece(layout, shard, piece, memory.error)
+    error = of_piece(layout, shard, piece, state.error)
     if gradients is None:
         assert error is not None
         return error.clone(), None
     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel].float()
-    velocity = of_piece(layout, shard, piece, memory.velocity)
+    velocity = of_piece(layout, shard, piece, state.velocity)
     if velocity is not None:
-        gradient = velocity = flush(flush(flush(velocity) * torch.tensor(memory.momentum)) + flush(gradient))
+        gradient = velocity = flush(flush(flush(velocity) * torch.tensor(state.momentum)) + flush(gradient))
     if error is None:
         return gradient.clone(), velocity
     return flush(flush(gradient) + flush(error)), velocity
@@ -109,13 +106,13 @@ def _product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (a * (x >> 16) + (a * (x & 0xFFFF) >> 16)) >> 16, a * x & 0xFFFFFFFF
 
 
-def uniforms(seed: int, memory: FeedbackState, positions: Tensor) -> Tensor:
+def uniforms(seed: int, state: FeedbackState, positions: Tensor) -> Tensor:
     """A number of 16 bits over 2**16, in [0, 1), for the elements at some positions of what a pass encodes.
 
     Eight elements draw from one counter, each half a word, low half first: row ``position // 8``, step, bucket, sender.
     """
     rows = positions >> 3
-    counters = torch.stack([rows, *(torch.full_like(rows, x) for x in (memory.step, memory.bucket, memory.sender))], 1)
+    counters = torch.stack([rows, *(torch.full_like(rows, x) for x in (state.step, state.bucket, state.sender))], 1)
     word = random_words(seed, counters).gather(1, (positions >> 1 & 3)[:, None]).view(-1)
     return (word >> 16 * (positions & 1) & 0xFFFF).float() / 65536
 
@@ -124,7 +121,7 @@ def uniforms(seed: int, memory: FeedbackState, positions: Tensor) -> Tensor:
 
 
 def one_bit_encode(
-    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+    format: OneBitFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = Q[v], error = v - Q[v], where v = gradient + error. There is no velocity.
 
@@ -136,15 +133,15 @@ def one_bit_encode(
         Where the gradients lie in the error and in the shards.
     gradients
         One contiguous tensor for each of the layout's, float32, float16 or bfloat16. None: v is the error alone.
-    memory
+    state
         What is kept, each float32, ``(layout.numel,)``, replaced.
     chunks
         uint8, ``(layout.shards, format.nbytes)``, all zero, receives the payload.
     """
-    error = memory.error
+    error = state.error
     for shard, pieces in enumerate(layout.pieces):
         chunk = chunks[shard]
-        values = [corrected(layout, shard, piece, gradients, memory)[0] for piece in pieces]
+        values = [corrected(layout, shard, piece, gradients, state)[0] for piece in pieces]
         sums = [_block_sums(format, v) for v in values]
         scales = _scales(format, pieces, sums)
         for piece, v, scale, slots in zip(pieces, values, scales, _slots(format, pieces), strict=True):
@@ -176,24 +173,6 @@ def one_bit_accumulate(format: OneBitFormat, layout: Layout, chunk: Tensor, weig
     for piece, values in zip(pieces, _one_bit_values(format, pieces, chunk, weight), strict=True):
         here = total[piece.offset : piece.offset + piece.numel]
         here.copy_(flush(flush(here) + values))
-
-
-def one_bit_serve(
-    format: OneBitFormat, layout: Layout, pushed: Tensor, weight: float, error: Tensor | None, chunk: Tensor
-) -> None:
-    """The server pass: v = error + weight * sum of the workers' values; chunk = Q[v]; error = v - Q[v]."""
-    total = torch.zeros(layout.shard_numel) if error is None else error.clone()
-    before = total.clone()
-    for worker in pushed:
-        one_bit_accumulate(format, layout, worker, weight, total)
-    one_bit_encode(format, layout, None, FeedbackState(total), chunk.unsqueeze(0))
-    if error is not None:
-        (pieces,) = layout.pieces
-        for piece, slots in zip(pieces, _slots(format, pieces), strict=True):
-            sent = _scale_view(format, chunk)[slots].isfinite()
-            here = slice(piece.offset, piece.offset + piece.numel)
-            keep = sent.repeat_interleave(format.block)[: piece.numel]
-            error[here] = torch.where(keep, total[here], before[here])
 
 
 def _blocks(format: OneBitFormat, values: Tensor) -> Tensor:
@@ -286,7 +265,7 @@ def _one_bit_values(format: OneBitFormat, pieces: Sequence[Piece], chunk: Tensor
 
 
 def quantize_encode(
-    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+    format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = each element of v to a level of its block, error = v - Q[v], and zero velocity where it is not zero.
 
@@ -294,7 +273,7 @@ def quantize_encode(
     """
     for shard, pieces in enumerate(layout.pieces):
         for piece in pieces:
-            v, u = corrected(layout, shard, piece, gradients, memory)
+            v, u = corrected(layout, shard, piece, gradients, state)
             blocks = flush(torch.nn.functional.pad(v, (0, -len(v) % format.block)).view(-1, format.block))
             scale = ordered_sums(flush(blocks * blocks)).double().sqrt().float() if format.l2 else blocks.abs().amax(1)
             finite = scale <= torch.finfo(torch.float32).max
@@ -302,7 +281,7 @@ def quantize_encode(
             start = shard * layout.shard_numel + piece.offset
             draw = torch.tensor(0.5)
             if format.stochastic:
-                draw = uniforms(format.seed, memory, start + torch.arange(blocks.numel())).view(blocks.shape)
+                draw = uniforms(format.seed, state, start + torch.arange(blocks.numel())).view(blocks.shape)
             inverse = (torch.full_like(scale, format.levels) / scale).clamp_max(torch.finfo(torch.float32).max)
             level = (flush(blocks.abs() * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
             level = torch.where(finite[:, None], level, 0.0).copysign(blocks)
@@ -314,28 +293,13 @@ def quantize_encode(
             at = format.codes_at + first * format.block_nbytes
             chunk[at : at + packed.numel()] = torch.where(finite[:, None], packed, 0).view(-1)
             keep = finite[:, None].expand_as(blocks).reshape(-1)[: piece.numel]
-            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (memory.error, memory.velocity))
+            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (state.error, state.velocity))
             if error is not None:
                 residual = flush(blocks - flush(level * step[:, None])).view(-1)[: piece.numel]
                 error.copy_(torch.where(keep, residual, error))
             if velocity is not None and u is not None:
                 masked = torch.where(level.view(-1)[: piece.numel] == 0, u, 0.0)
                 velocity.copy_(torch.where(keep, masked, velocity))
-
-
-def quantize_serve(
-    format: QuantizeFormat, layout: Layout, pushed: Tensor, weight: float, memory: FeedbackState, chunk: Tensor
-) -> None:
-    """The server pass: v = error + weight * sum of the workers' values; chunk = Q[v]; error = v - Q[v]."""
-    total = torch.zeros(layout.shard_numel) if memory.error is None else memory.error.clone()
-    before = total.clone()
-    for worker in pushed:
-        quantize_accumulate(format, layout, worker, weight, total)
-    quantize_encode(format, layout, None, replace(memory, error=total), chunk.unsqueeze(0))
-    if memory.error is not None:
-        steps = chunk[: 4 * (layout.shard_numel // format.block)].view(torch.float32)
-        sent = steps.isfinite().repeat_interleave(format.block)
-        memory.error.copy_(torch.where(sent, total, before))
 
 
 def quantize_decode(format: QuantizeFormat, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -392,22 +356,23 @@ def _unpack_codes(format: QuantizeFormat, packed: Tensor) -> Tensor:
 
 
 def cast_encode(
-    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+    format: CastFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = v to the nearest, error = v - Q[v], element by element. The velocity is kept.
 
     The arguments are those of `one_bit_encode`.
     """
-    nan = torch.tensor({"fp16": 0x7E00, "bf16": 0x7FC0}[format.dtype], dtype=torch.int16)
+    nan = torch.tensor({"fp32": 0x7FC00000, "fp16": 0x7E00, "bf16": 0x7FC0}[format.dtype])
+    nan = nan.to(torch.int32 if format.dtype == "fp32" else torch.int16)
     for shard, pieces in enumerate(layout.pieces):
         values = _cast_view(format, chunks[shard])
         largest = torch.finfo(values.dtype).max
         for piece in pieces:
-            v, u = corrected(layout, shard, piece, gradients, memory)
+            v, u = corrected(layout, shard, piece, gradients, state)
             finite = v.isfinite()
             sent = torch.where(finite, v.clamp(-largest, largest).to(values.dtype), nan.view(values.dtype))
             values[piece.offset : piece.offset + piece.numel] = sent
-            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (memory.error, memory.velocity))
+            error, velocity = (of_piece(layout, shard, piece, flat) for flat in (state.error, state.velocity))
             if error is not None:
                 error.copy_(torch.where(finite, flush(flush(v) - flush(sent.float())), error))
             if velocity is not None and u is not None:
@@ -432,13 +397,8 @@ def cast_accumulate(format: CastFormat, layout: Layout, chunk: Tensor, weight: f
         total[here] = flush(flush(total[here]) + flush(values * torch.tensor(weight)))
 
 
-def cast_is_within(format: CastFormat, chunks: Tensor, limit: float) -> bool:
-    """Whether all values are at most `limit` in magnitude."""
-    return all(all_within(_cast_view(format, chunk).float(), limit) for chunk in chunks)
-
-
 def _cast_view(format: CastFormat, chunk: Tensor) -> Tensor:
-    return chunk.view(torch.float16 if format.dtype == "fp16" else torch.bfloat16)
+    return chunk.view({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[format.dtype])
 
 
 # ---- random-k
@@ -447,11 +407,11 @@ _DRAWING = 0x72616E64 << 32
 
 
 def random_k_encode(
-    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+    format: RandomKFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = v at the positions that are drawn for each shard; error = v without them, and no velocity there.
 
-    Where v is not finite in a shard, nothing of it is sent but that: memory stays as it was where v is not finite, and up to
+    Where v is not finite in a shard, nothing of it is sent but that: state stays as it was where v is not finite, and up to
     rounding elsewhere. The arguments are those of `one_bit_encode`.
     """
     for shard, pieces in enumerate(layout.pieces):
@@ -459,12 +419,12 @@ def random_k_encode(
         real = _real(layout, shard)
         for piece in pieces:
             here = slice(piece.offset, piece.offset + piece.numel)
-            v[here], velocity = corrected(layout, shard, piece, gradients, memory)
+            v[here], velocity = corrected(layout, shard, piece, gradients, state)
             if gradients is not None:
                 g[here] = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel].float()
                 u[here] = g[here] if velocity is None else velocity
         finite, rest = v.isfinite(), v.clone()
-        header = [memory.step, memory.bucket, memory.first_shard + shard, format.k]
+        header = [state.step, state.bucket, state.first_shard + shard, format.k]
         values = _random_k_values(format, chunks[shard])
         if finite.all():
             where = _drawn(format, layout, header)
@@ -476,9 +436,9 @@ def random_k_encode(
             header[3], values[0] = ALL_NOT_FINITE, torch.nan
             if gradients is not None:
                 rest = flush(flush(v) - flush(u))
-                u = flush(flush(u - flush(g)) / torch.tensor(memory.momentum))
+                u = flush(flush(u - flush(g)) / torch.tensor(state.momentum))
         chunks[shard, :RANDOM_K_HEADER].view(torch.int32).copy_(torch.tensor(header))
-        for kept, new in ((memory.error, rest), (memory.velocity, u)):
+        for kept, new in ((state.error, rest), (state.velocity, u)):
             if kept is not None:
                 own = kept[shard * layout.shard_numel :][: layout.shard_numel]
                 own.copy_(torch.where(real & finite, new, own))
@@ -546,17 +506,17 @@ def _random_k_entries(format: RandomKFormat, layout: Layout, shard: int, chunk: 
 
 
 def top_k_encode(
-    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, memory: FeedbackState, chunks: Tensor
+    format: TopKFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
     """payload = the k largest magnitudes of v in each shard, zeros left out, ties to the lowest index; error = v without them.
 
     The velocity becomes zero where they are. The arguments are those of `one_bit_encode`.
     """
-    error, velocity = memory.error, memory.velocity
+    error, velocity = state.error, state.velocity
     for shard, pieces in enumerate(layout.pieces):
         if not pieces:
             continue
-        v, u = map(_joined, zip(*(corrected(layout, shard, piece, gradients, memory) for piece in pieces), strict=True))
+        v, u = map(_joined, zip(*(corrected(layout, shard, piece, gradients, state) for piece in pieces), strict=True))
         assert v is not None
         if gradients is not None:  # the error alone is taken as it is
             v = flush(v) if error is not None else flush(v) + 0.0
@@ -704,6 +664,100 @@ def _top_k_entries(format: TopKFormat, layout: Layout, shard: int, chunk: Tensor
     return torch.cat(found), torch.cat(signed) if format.values == "sign" else values[:total]
 
 
+# ---- the backend
+
+
 def all_within(values: Tensor, limit: float = torch.finfo(torch.float32).max) -> bool:
     """Whether all float32 values are at most `limit` in magnitude; NaN is not."""
     return bool((values.abs() <= limit).all())
+
+
+def _one_bit_bounds(format: OneBitFormat, layout: Layout, chunk: Tensor) -> Tensor:
+    """What bounds the values of a chunk: here and below, all of which are looked at, of padding too."""
+    return _scale_view(format, chunk)
+
+
+def _quantize_bounds(format: QuantizeFormat, layout: Layout, chunk: Tensor) -> Tensor:
+    return chunk[: 4 * (layout.shard_numel // format.block)].view(torch.float32)
+
+
+def _cast_bounds(format: CastFormat, layout: Layout, chunk: Tensor) -> Tensor:
+    return _cast_view(format, chunk)[: layout.shard_numel].float()
+
+
+def _random_k_bounds(format: RandomKFormat, layout: Layout, chunk: Tensor) -> Tensor:
+    return _random_k_values(format, chunk).float()
+
+
+def _top_k_bounds(format: TopKFormat, layout: Layout, chunk: Tensor) -> Tensor:
+    if format.values == "sign":
+        count = -(-format.k // ENTRIES) + -(-layout.shard_numel // RUN)
+        return chunk[format.scales_at :][: 2 * count].view(torch.bfloat16).float()
+    dtype = torch.float32 if format.values == "fp32" else torch.float16
+    return chunk[format.values_at :].view(dtype)[: format.k].float()
+
+
+class Family:
+    """The passes of a family, as `ds_horovod.kernels.backend.Passes` says, by the functions that begin with its name."""
+
+    def __init__(self, name):
+        self._encode, self._decode, self._accumulate = (globals()[f"{name}_{f}"] for f in ("encode", "decode", "accumulate"))
+        self._bounds = globals()[f"_{name}_bounds"]
+
+    def prepare(self, format, layout, device):
+        pass
+
+    def encode(self, format, layout, gradients, state, chunks):
+        if state.total is None:
+            return self._encode(format, layout, gradients, state, chunks)
+        self._encode(format, layout, gradients, replace(state, error=state.total, total=None), chunks)
+        if state.error is not None:
+            sent, rest = self._flat(format, layout, chunks), state.total
+            state.error.copy_(torch.where(sent.isfinite() & rest.isfinite(), rest, state.error))
+
+    def decode(self, format, layout, chunks, gradients):
+        self._decode(format, layout, chunks, gradients)
+
+    def accumulate(self, format, layout, pushed, weight, total):
+        for chunk in pushed.view(-1, pushed.shape[-1]):
+            self._accumulate(format, layout, chunk, weight, total)
+
+    def is_within(self, format, layout, chunks, limit):
+        if isinstance(format, QuantizeFormat) and limit != torch.finfo(torch.float32).max:
+            limit = limit / format.levels
+        return all(all_within(self._bounds(format, layout, chunk), limit) for chunk in chunks)
+
+    def serve(self, format, layout, pushed, weight, state, chunk):
+        total = torch.zeros(layout.shard_numel) if state.error is None else state.error.clone()
+        self.accumulate(format, layout, pushed, weight, total)
+        self.encode(format, layout, None, replace(state, total=total), chunk.unsqueeze(0))
+        return True
+
+    def nonfinite_mask(self, format, layout, chunks):
+        if self.is_within(format, layout, chunks, torch.finfo(torch.float32).max):
+            return None
+        bits = ~self._flat(format, layout, chunks).isfinite()
+        return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little").view(np.int32))
+
+    def rollback(self, format, layout, payload, mask, gradients, state, sparse):
+        sent, g = self._flat(format, layout, payload), torch.zeros(layout.numel)
+        for offset, gradient in zip(layout.offsets, gradients, strict=True):
+            g[offset : offset + gradient.numel()] = gradient.view(-1)
+        bits = torch.from_numpy(np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")).bool()
+        where, e, u = bits & sent.isfinite() & g.isfinite(), state.error, state.velocity
+        if u is None:
+            return e.copy_(torch.where(where, e + sent - g, e))
+        cleared = sent != 0 if sparse else torch.zeros_like(where)
+        e.copy_(torch.where(where, e + sent - torch.where(cleared, g, u), e))
+        u.copy_(torch.where(where & ~cleared, (u - g) / state.momentum, u))
+
+    def _flat(self, format, layout, chunks):
+        """The values of a payload in the flat array of the layout."""
+        values, flat = [torch.empty(numel) for numel in layout.numels], torch.zeros(layout.numel)
+        self._decode(format, layout, chunks, values)
+        for offset, own in zip(layout.offsets, values, strict=True):
+            flat[offset : offset + len(own)] = own
+        return flat
+
+
+FAMILIES = {name: Family(name) for name in ("one_bit", "top_k", "quantize", "cast", "random_k")}

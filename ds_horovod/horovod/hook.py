@@ -246,9 +246,9 @@ def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list
 
 def _warn_of_nothing_to_compress(reducer: Reducer) -> None:
     warnings.warn(
-        f"DoubleSqueeze: none of the {len(reducer.parameters)} parameters is compressed, so that training is as without it. "
-        f"By default those of two dimensions and at least min_numel={reducer.options.min_numel} elements are, in float32, float16"
-        " or bfloat16; choose= changes that, and print(optimizer.double_squeeze.explain()) says why each is not.",
+        f"DoubleSqueeze: none of the {len(reducer.parameters)} parameters is compressed: training is as without it. "
+        f"By default those of two dimensions and {reducer.options.min_numel} elements (min_numel) or more are, in float32, "
+        "float16 or bfloat16; choose= changes that, and print(optimizer.double_squeeze.explain()) says why each is not.",
         stacklevel=5,
     )
 

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SHOWN = 5
 
 
-def require_agreement(descriptions: Sequence[Mapping[str, Any]]) -> None:
+def require_agreement(descriptions: Sequence[Mapping[str, Any]], ways_out: Mapping[str, str] | None = None) -> None:
     """Raises unless all ranks describe themselves alike.
 
     Parameters
     ----------
     descriptions
-        Of each rank, by rank: plain values, or lists of them that are compared item by item.
+        Of each rank, by rank: plain values, lists of them that are compared item by item, or mappings, by key.
+    ways_out
+        What to do where ranks differ in a key.
 
     Raises
     ------
     ValueError
         The same on every rank: what differs, and between which ranks.
     """
-    differences: list[str] = []
-    for rank, description in enumerate(descriptions):
-        for key in sorted(descriptions[0].keys() | description.keys()):
-            differences += _compare(key, rank, descriptions[0].get(key), description.get(key))
-    if differences:
-        shown = "\n  ".join(differences[:_SHOWN])
-        more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        raise ValueError(f"DoubleSqueeze: the ranks do not agree, so nothing was exchanged:\n  {shown}{more}")
+    items = [dict(_items(description)) for description in descriptions]
+    ours = items[0]
+    differences: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, theirs in enumerate(items):
+        for at in [*ours, *(other for other in theirs if other not in ours)]:
+            of_longer_list = at[1].endswith("]") and not (at in ours and at in theirs)
+            if ours.get(at) != theirs.get(at) and not of_longer_list:
+                differences[at][str(theirs.get(at))].append(rank)
+    if not differences:
+        return
+    lines = [
+        f"{label}: {ours.get((key, label))} on rank 0, "
+        + ", ".join(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in others.items())
+        for (key, label), others in differences.items()
+    ]
+    shown = "\n  ".join(lines[:_SHOWN])
+    more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    keys = dict.fromkeys(key for key, _ in differences)
+    advice = "".join(f"\n{ways_out[key]}" for key in keys if ways_out and key in ways_out)
+    raise ValueError(f"DoubleSqueeze: the ranks do not agree, so nothing was exchanged:\n  {shown}{more}{advice}")
 
 
-def _compare(key: str, rank: int, ours: Any, theirs: Any) -> list[str]:
-    if ours == theirs:
-        return []
-    if not (isinstance(ours, list) and isinstance(theirs, list)):
-        return [f"{key}: {ours} on rank 0, {theirs} on rank {rank}"]
-    differences = []
-    if len(ours) != len(theirs):
-        differences.append(f"{key}: {len(ours)} on rank 0, {len(theirs)} on rank {rank}")
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if a != b:
-            differences.append(f"{key}[{i}]: {a} on rank 0, {b} on rank {rank}")
-    return differences
+def _items(description: Mapping[str, Any]) -> list[tuple[tuple[str, str], Any]]:
+    """The key and the label of each plain value, and the value; the label of a list alone is its length."""
+    items: list[tuple[tuple[str, str], Any]] = []
+    for key, value in description.items():
+        if isinstance(value, list):
+            items.append(((key, key), len(value)))
+            items += [((key, f"{key}[{i}]"), item) for i, item in enumerate(value)]
+        elif isinstance(value, Mapping):
+            items += [((key, f"{key} of {name}"), item) for name, item in value.items()]
+        else:
+            items.append(((key, key), value))
+    return items

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .checksum import digest
 from .options import Options
-from .reducer import Reducer
+from .reducer import Loaded, Reducer
 from .residual import Residual, split
 from .selection import Selection
 from .session import Session
@@ -62,14 +63,28 @@ def rank_state(options: Options, holder: Holder | None) -> dict[str, Any]:
 
 def full_state(options: Options, holder: Holder | None) -> dict[str, Any]:
     """The value of `DoubleSqueeze.full_state_dict`; all ranks call it."""
+    return _full(options, holder, {} if holder is None else holder.residuals(of_all=True))
+
+
+def full_state_of_one(reducer: Reducer) -> dict[str, Any]:
+    """As `full_state`, of what one rank holds: what it has loaded since its last step, if that is of all ranks, or its own."""
+    loaded, residuals = reducer.loaded, reducer.residuals()
+    if loaded is not None and loaded.of_all:
+        n = reducer.transport.size
+        residuals = {k: Residual(e * n, None if u is None else u * n) for k, (e, u) in residuals.items()}
+    state = _full(reducer.options, reducer, residuals)
+    return state if loaded is None or loaded.errors is None else {**state, "errors": loaded.errors}
+
+
+def _full(options: Options, holder: Holder | None, residuals: Mapping[str, Residual]) -> dict[str, Any]:
     errors, velocities = {}, {}
     if holder is not None:
         velocities = {name: velocity.to("cpu", copy=True) for name, velocity in holder.velocities.state_dict().items()}
-        for name, (error, velocity) in holder.residuals(of_all=True).items():
-            if options.worker_error or options.server_error:
-                errors[name] = error.to("cpu", copy=True)
-            if velocity is not None:
-                velocities[name] = velocity.to("cpu", copy=True)
+    for name, (error, velocity) in residuals.items():
+        if options.worker_error or options.server_error:
+            errors[name] = error.to("cpu", copy=True)
+        if velocity is not None:
+            velocities[name] = velocity.to("cpu", copy=True)
     return {
         "format": FORMAT,
         "step": 0 if holder is None else holder.steps,
@@ -83,8 +98,15 @@ def full_state(options: Options, holder: Holder | None) -> dict[str, Any]:
 def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
     """Takes back what `rank_state` or `full_state` gave of an optimizer; raises as `DoubleSqueeze.load_state_dict` does."""
     require_format(state, reducer.options, reducer.place)
-    session = reducer.session
+    session, options = reducer.session, reducer.options
+    loaded = Loaded("a state_dict()", of_all=False)
     if not is_of_one_rank(state):
+        tensors = [(f"{kind}.{name}", tensor) for kind in ("errors", "velocities") for name, tensor in state[kind].items()]
+        loaded = Loaded(
+            f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}",
+            of_all=True,
+            errors=dict(state["errors"]) if options.server_error and not options.worker_error else None,
+        )
         require_fits(state, reducer.parameters, reducer.selection)
         residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
         reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"])
@@ -98,6 +120,7 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         session.adopt(sparse, buckets, hold_errors=True)
         reducer.velocities.load_state_dict(state["velocities"])
     reducer.units.load_state_dict(state["units"])
+    reducer.loaded = loaded
 
 
 def is_of_one_rank(state: Mapping[str, Any]) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
+from .broadcast import broadcast
 from .checkpoint import full_state, load, rank_state, require_format
 from .compressors import Compressor, OneBit
 from .eager import TensorReducer
@@ -104,6 +106,7 @@ class DoubleSqueeze:
         self._options = Options(*args, **kwargs)
         self._reducer: Reducer | TensorReducer | None = None  # of what uses this instance
         self._loaded: Mapping[str, Any] | None = None  # for what will
+        self._root_rank: int | None = None  # whose state all ranks will take, once an optimizer is made
 
     def __repr__(self) -> str:
         return repr(self.options)
@@ -161,7 +164,7 @@ class DoubleSqueeze:
         model
             A model, or names and parameters as for ``named_parameters=``. None: those of the optimizer.
         workers
-            Ranks, where no optimizer has been made yet.
+            Ranks, where no optimizer of several ranks has been made yet.
 
         Returns
         -------
@@ -171,18 +174,25 @@ class DoubleSqueeze:
         Raises
         ------
         ValueError
-            There is no model and no optimizer either.
+            There is no model and no optimizer either, or no worker.
         """
+        if not isinstance(workers, Integral) or isinstance(workers, bool) or workers < 1:
+            raise ValueError(f"DoubleSqueeze: workers must be a whole number of ranks, 1 or more; got {workers!r}")
+        alone = "one rank: nothing is exchanged, and so nothing compressed"
+        shards = workers if self.options.server is None else 1
         if model is None:
-            session = self._reducer.session if isinstance(self._reducer, Reducer) else None
-            if session is None:
-                raise ValueError("DoubleSqueeze: explain needs a model, since no optimizer of several ranks uses this instance")
-            return explain(session.selection, session.parameters, session.plan(session.sparse), session.transport.size)
+            if not isinstance(self._reducer, Reducer):
+                raise ValueError("DoubleSqueeze: explain needs a model, since no optimizer uses this instance")
+            session, selection, parameters = self._reducer.session, self._reducer.selection, self._reducer.parameters
+            if session is not None:
+                return explain(selection, parameters, session.plan(session.sparse), session.transport.size)
+            table = f"; with workers={workers}:\n{explain(selection, parameters, selection.plan(parameters, shards), workers)}"
+            return alone if workers == 1 else alone + table
         named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)
         selection = Selection(self.options)
         selection.require_fits(named)
         trained = [(name, p) for name, p in named if p.requires_grad]
-        return explain(selection, trained, selection.plan(trained, workers if self.options.server is None else 1), workers)
+        return alone if workers == 1 else explain(selection, trained, selection.plan(trained, shards), workers)
 
     def state_dict(self) -> dict[str, Any]:
         """Errors and velocities of this rank: plain tensors (not copied) and values, for `ds_horovod.save`.
@@ -227,6 +237,33 @@ class DoubleSqueeze:
             load(self._reducer, state)
         else:
             self._reducer.load(state)
+
+    def broadcast_state(self, root_rank: int = 0) -> None:
+        """Gives all ranks the state of one of them, as ``hvd.broadcast_optimizer_state`` does; all ranks call it.
+
+        What one rank has loaded since its last step, as from a file of `full_state_dict`, becomes every rank's, as if all had
+        loaded it. Otherwise the rank's own errors and velocities are divided among all. What other ranks hold is replaced.
+        Before the optimizer is made, it says what making it begins with.
+
+        Parameters
+        ----------
+        root_rank
+            The rank, as `hvd.rank` counts; of the optimizer's process set.
+
+        Raises
+        ------
+        ValueError
+            The rank is none of these, or not the same on all ranks; its state does not fit the parameters; the instance is
+            that of tensors outside an optimizer.
+        RuntimeError
+            A step is under way.
+        """
+        if isinstance(self._reducer, TensorReducer):
+            raise ValueError("DoubleSqueeze: broadcast_state is for optimizers, and allreduce uses this instance")
+        if self._reducer is None:
+            self._root_rank = root_rank
+        else:
+            broadcast(self._reducer, root_rank)
 
     def change_compressor(self, compressor: Compressor, server_compressor: Compressor | None = None) -> None:
         """Goes on with another compressor from the next step on; all ranks call it, between two steps.
@@ -278,7 +315,9 @@ def bind(
     reducer = Reducer(squeeze.options, name, parameters, average, transport, groups)
     if squeeze._loaded is not None:
         load(reducer, squeeze._loaded)
-    squeeze._reducer, squeeze._loaded = reducer, None
+    if squeeze._root_rank is not None:
+        broadcast(reducer, squeeze._root_rank)
+    squeeze._reducer, squeeze._loaded, squeeze._root_rank = reducer, None, None
     return reducer
 
 
@@ -299,6 +338,8 @@ def tensor_reducer(squeeze: DoubleSqueeze) -> TensorReducer:
     """
     if isinstance(squeeze._reducer, Reducer):
         raise ValueError("DoubleSqueeze: this instance belongs to an optimizer; make another one for allreduce")
+    if squeeze._root_rank is not None:
+        raise ValueError("DoubleSqueeze: broadcast_state is for optimizers; call load_state_dict on all ranks for allreduce")
     if squeeze._reducer is None:
         squeeze._reducer, squeeze._loaded = TensorReducer(squeeze.options, squeeze._loaded), None
     return squeeze._reducer

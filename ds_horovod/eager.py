@@ -43,7 +43,7 @@ class TensorReducer:
         self.velocities = Velocities(0.0)
         self.place = -1, -1
         """How many ranks there are, and which one this is."""
-        self._loaded = loaded
+        self._loaded: dict[str, Any] = dict(loaded or {})  # for tensors that have not been seen yet
         self._sessions: dict[str, Session[Any]] = {}
 
     @property
@@ -75,8 +75,9 @@ class TensorReducer:
             stand_in = torch.empty_like(tensor).requires_grad_()
             selection = Selection(replace(self.options, min_numel=1, bucket_cap_mb=None), min_dim=0)
             session = Session(f"{prefix}.{name}", [(name, stand_in)], selection, weight, transport)
-            if self._loaded is not None:
+            if self._loaded:
                 self._load_session(self._loaded, session)
+                self._loaded = _without(self._loaded, name)
             self._sessions[name] = session
         ((_, stand_in),) = session.parameters
         now, then = ((x.dtype, tuple(x.shape), x.device) for x in (tensor, stand_in))
@@ -99,7 +100,9 @@ class TensorReducer:
         else:
             for session in self.sessions:
                 self._load_session(state, session)
-        self._loaded = state
+        self._loaded = dict(state)
+        for name in self._sessions:
+            self._loaded = _without(self._loaded, name)
 
     def _load_session(self, state: Mapping[str, Any], session: Session[Any]) -> None:
         ((name, _),) = session.parameters
@@ -112,3 +115,10 @@ class TensorReducer:
             require_fits(own, session.parameters, session.selection)
             residuals = {name: Residual(state["errors"][name], None)}
             session.import_residual(split(residuals, session.transport.size), state["step"])
+
+
+def _without(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What is left of a state once a tensor has taken over its part, which need not stay in memory."""
+    if is_of_one_rank(state):
+        return {**state, "buckets": [bucket for bucket in state["buckets"] if bucket["parameters"] != [name]]}
+    return {**state, "errors": {other: error for other, error in state["errors"].items() if other != name}}

@@ -50,6 +50,7 @@ class InProcessTransport:
         self.serves = rank if server is None else (0 if server == rank else None)
         self.in_order = in_order
         self.stream_ordered = False
+        self.ranks = list(range(size))
         self._mailbox = mailbox
         self._rounds: dict[str, int] = defaultdict(int)
 
@@ -115,6 +116,10 @@ class InProcessTransport:
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """This worker's alone, for the same reason."""
         return tensor
+
+    def unique_name(self, prefix: str) -> str:
+        """The prefix: a group has one user."""
+        return prefix
 
 
 class Simulation:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checksum import checksums
 from .compressors import Compressor
 from .options import Options
 from .residual import Residual
@@ -39,6 +40,17 @@ class Snapshot(NamedTuple):
     shared: Shared
 
 
+class Loaded(NamedTuple):
+    """The state that an optimizer has loaded before its next step."""
+
+    description: str
+    """By which ranks tell whether it is the same one."""
+    of_all: bool
+    """Whether it is what all ranks hold together, of which each took its part."""
+    errors: dict[str, Tensor] | None = None
+    """All of them, where no rank's part tells what the whole was: where only servers compensate, each for its shard."""
+
+
 class Reducer:
     """Exchanges what is compressed, and keeps what goes with it: units, velocities of the rest, residuals carried over.
 
@@ -46,7 +58,9 @@ class Reducer:
     ----------
     options
         As the user chose them.
-    name, transport
+    name
+        With which names of collectives begin.
+    transport
         As for `Session`.
     parameters
         Names and parameters of the optimizer, in the order of registration.
@@ -73,13 +87,14 @@ class Reducer:
         self.selection = Selection(options, tuple(map(tuple, groups)))
         self.selection.require_fits(parameters)
         for label, p in parameters:
-            if not p.is_floating_point():
+            if p.requires_grad and not p.is_floating_point():
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
-            if p.device.type not in ("cpu", "cuda"):
+            if p.requires_grad and p.device.type not in ("cpu", "cuda"):
                 raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu and cuda are supported")
         self.parameters = [(label, p) for label, p in parameters if p.requires_grad]
         self.units = Units(options.grad_scaler, options.lr_aware)
         self.velocities = Velocities(options.momentum)
+        self._all_parameters = list(parameters)
         self._name = name
         self._average = average
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
@@ -90,9 +105,28 @@ class Reducer:
         self.transport = transport
         self.session: Session[Any] | None = None
         """The exchange; None for one rank, which has nobody to exchange with."""
+        self.loaded: Loaded | None = None
+        """What has been loaded since the last step."""
         if transport.size > 1:
             weight = 1.0 / transport.size if self._average else 1.0
-            self.session = Session(self._name, self.parameters, self.selection, weight, transport, self.units)
+            self.session = Session(
+                self._name, self.parameters, self.selection, weight, transport, self.units, True, self._more_to_compare
+            )
+        else:
+            self._name_alone = transport.unique_name(self._name)
+
+    def _more_to_compare(self) -> dict[str, Any]:
+        """Parts of the state of training that must be the same on all ranks when they begin."""
+        return {
+            "loaded state": "none" if self.loaded is None else self.loaded.description,
+            "velocities": checksums(self.velocities.state_dict().items()),
+            "weights": checksums(self._all_parameters),
+        }
+
+    @property
+    def name(self) -> str:
+        """With which names of collectives begin; the ranks have agreed on it once the first step has ended."""
+        return self._name_alone if self.session is None else self.session.name
 
     @property
     def options(self) -> Options:
@@ -124,6 +158,8 @@ class Reducer:
         rates
             The learning rate of each parameter, by name.
         """
+        if self.session is None or self.session.started:
+            self.loaded = None
         change = self.units.begin_step(rates)
         if change is None:
             return
@@ -250,6 +286,7 @@ class Reducer:
 
 def _averaged(session: Session[Any], residuals: Mapping[str, Residual]) -> dict[str, Residual]:
     """Errors that are the same on all ranks, each the equal part of what they hold together; all ranks call it."""
+    session.agree_on_name()
     result = {}
     for name, p in [(n, p) for n, p in session.parameters if session.covers(p)]:
         zeros = torch.zeros(p.shape, dtype=torch.float32, device=p.device)

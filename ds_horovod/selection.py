@@ -87,6 +87,8 @@ class Selection:
         choice = self.choice(name, p)
         if choice is False:
             return "choose"
+        if p.numel() == 0:
+            return "no elements"
         if p.dtype not in COMPRESSIBLE:
             if choice is True:
                 raise ValueError(f"DoubleSqueeze: choose says True for {name}, but {p.dtype} cannot be compressed")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Generic, Protocol
 
+import torch
 from torch import Tensor
 
 from . import residual
@@ -14,7 +15,7 @@ from .exchange import Exchange, Handle, Totals, Transport
 from .options import Options
 from .pipeline import Pipeline
 from .residual import Frozen, Residual
-from .selection import Plan, Selection
+from .selection import COMPRESSIBLE, Plan, Selection
 from .step import Bucket, Step, changed_too_early
 from .uncompressed import clip, require_dense
 from .units import Change, Units
@@ -23,11 +24,17 @@ from .units import Change, Units
 class GroupTransport(Transport[Handle], Protocol[Handle]):
     """A transport that can also compare notes."""
 
+    ranks: list[int]
+    """All ranks of the group, as the user counts them."""
+
     def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's value, by rank. Blocks."""
+        """Every rank's plain value, by rank. Blocks."""
 
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
+
+    def unique_name(self, prefix: str) -> str:
+        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
 
 
 class Session(Generic[Handle]):
@@ -52,6 +59,10 @@ class Session(Generic[Handle]):
         To the other ranks.
     units
         Of the gradients.
+    own_name
+        Whether the name is but the beginning of a name of its own, on which the ranks agree before their first collective.
+    more_to_compare
+        What ranks compare before their first exchange beside what `describe` says.
     """
 
     def __init__(
@@ -62,6 +73,8 @@ class Session(Generic[Handle]):
         weight: float,
         transport: GroupTransport[Handle],
         units: Units | None = None,
+        own_name: bool = False,
+        more_to_compare: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.name = name
         self.parameters = list(parameters)
@@ -82,6 +95,8 @@ class Session(Generic[Handle]):
         self._names = {p: n for n, p in self.parameters}
         self._frozen = Frozen()
         self._changes = 0  # of compressors
+        self._wants_own_name = own_name
+        self._more_to_compare = more_to_compare
         self._step: Step[Handle] | None = None
         self.adopt(frozenset(), self.fill(frozenset()))
 
@@ -91,9 +106,9 @@ class Session(Generic[Handle]):
         return self.selection.options
 
     @property
-    def clips(self) -> bool:
-        """Whether no gradient may leave before all are there."""
-        return self.options.max_norm is not None
+    def held(self) -> bool:
+        """Whether no gradient may leave before all are there: where they are clipped, and before the ranks have agreed."""
+        return self.options.max_norm is not None or not self.started
 
     @property
     def step(self) -> int:
@@ -109,14 +124,23 @@ class Session(Generic[Handle]):
     def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
         """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
         buckets = []
-        name = f"{self.name}.change{self._changes}" if self._changes else self.name  # sizes under a name never change
         for b, plan in enumerate(self.plan(sparse)):
-            device = plan.parameters[0].device
-            exchange = Exchange(
-                b, f"{name}.bucket{b}", plan.layout, plan.options, self.weight, self.transport, device, self.totals
-            )
+            device, name = plan.parameters[0].device, self._name_of(b)
+            exchange = Exchange(b, name, plan.layout, plan.options, self.weight, self.transport, device, self.totals)
             buckets.append(Bucket(plan.names, plan.parameters, exchange))
         return buckets
+
+    def _name_of(self, bucket: int) -> str:
+        change = f".change{self._changes}" if self._changes else ""  # sizes under a name never change
+        return f"{self.name}{change}.bucket{bucket}"
+
+    def agree_on_name(self) -> None:
+        """Before the first collective: the ranks may have made unequal numbers of optimizers. All ranks call it."""
+        if self._wants_own_name:
+            self.name = self.transport.unique_name(self.name)
+            self._wants_own_name = False
+            for bucket in self.buckets:
+                bucket.exchange.name = self._name_of(bucket.exchange.bucket)
 
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
         """Goes on with the buckets that `fill` made, which may hold errors already."""
@@ -149,6 +173,8 @@ class Session(Generic[Handle]):
             require_dense(name, gradient, "momentum", options.momentum)
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
+        if self.covers(p):
+            self._require_dtype(name, gradient.dtype, self._bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -158,8 +184,7 @@ class Session(Generic[Handle]):
             sparse = self.sparse | {name}
             self.adopt(sparse, self.fill(sparse))
         if self._step is None or self._step.flushed:
-            held = self.clips or not self.started
-            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units)
+            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, self.held, self.units)
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
@@ -170,11 +195,18 @@ class Session(Generic[Handle]):
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
 
+    def _require_dtype(self, name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
+        if dtype not in COMPRESSIBLE or dtype != of_bucket:
+            raise ValueError(
+                f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
+                "be compressed; convert the model, as model.double() does, before making the optimizer"
+            )
+
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
         assert self._step is not None
         self._step.ready(p, self._bucket_of[p])
-        if self.started and not self.clips:
+        if not self.held:
             self.poll()
 
     def poll(self) -> None:
@@ -198,7 +230,9 @@ class Session(Generic[Handle]):
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
         if not self.started:
-            require_agreement(self.transport.gather_objects(describe(self), self.name + ".agreement"))
+            self.agree_on_name()
+            own = {**describe(self), **self._more_to_compare()}
+            require_agreement(self.transport.gather_objects(own, self.name + ".agreement"), WAYS_OUT)
             self.started = self._hold_errors = True
         if self.options.max_norm is not None:
             gradients = [(self._names[p], p.grad) for p in step.admitted if p.grad is not None]
@@ -254,9 +288,15 @@ class Session(Generic[Handle]):
         self.pipeline.cancel()
         self._step = None
 
+    def abandon(self) -> None:
+        """Drops the step under way without waiting for other ranks, which may not take part any more."""
+        self.pipeline.in_flight.clear()
+        self._step = None
+
     # ---- between two steps
 
-    def _require_between_steps(self) -> None:
+    def require_between_steps(self) -> None:
+        """Raises RuntimeError while gradients are under way."""
         step = self._step
         if self.pipeline.in_flight or (step is not None and not step.flushed):
             raise RuntimeError(
@@ -271,8 +311,10 @@ class Session(Generic[Handle]):
         RuntimeError
             A step is under way.
         """
-        self._require_between_steps()
+        self.require_between_steps()
         self.restore_frozen()
+        if of_all:
+            self.agree_on_name()
         result: dict[str, Residual] = {}
         for bucket in self.buckets:
             error, velocity = residual.export_residual(bucket.exchange)
@@ -312,6 +354,16 @@ class Session(Generic[Handle]):
         self._frozen.restore_all()
 
 
+WAYS_OUT = {
+    "weights": "Replicas must start with equal weights. Call hvd.broadcast_parameters(model.state_dict(), root_rank=0) on all "
+    "ranks, as the last thing before training: hvd.broadcast_optimizer_state may change weights, where weight decay is on. "
+    "What is meant to differ must not be among the optimizer's parameters.",
+    "loaded state": "Where one rank has loaded a state, call optimizer.double_squeeze.broadcast_state(root_rank=...) on all "
+    "ranks, once the optimizer is made; or load on all ranks.",
+}
+"""What to do where ranks do not agree."""
+
+
 def describe(session: Session[Any]) -> dict[str, Any]:
     """What ranks compare before their first exchange, as plain values."""
     options, selection = session.options, session.selection
@@ -325,4 +377,5 @@ def describe(session: Session[Any]) -> dict[str, Any]:
         "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in session.parameters],
         "choice": [f"{name}: {selection.compressor(name, p)!r}" for name, p in choices],
         "sparse parameters": sorted(session.sparse),
+        "step": session.step,
     }

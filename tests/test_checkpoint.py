@@ -1,7 +1,9 @@
 """Errors survive a checkpoint exactly, and never end up where they do not belong."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -303,6 +305,40 @@ def test_tensors_resume(used):
     results = use(fresh, InProcessTransport.group(2), named_tensors(1))
     for name, result in results.items():
         assert_same_bits(result, expected[name])
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("options", [{}, {"compressors": (TopK(0.1), TopK(0.1)), "momentum": 0.5}], ids=str)
+@pytest.mark.parametrize("full", [True, False])
+def test_a_state_that_was_taken_over_leaves_memory(full, options, before):
+    run = Run(**options)
+    run.step(generator(0))
+    states = [through_a_file(s.full_state_dict() if full else s.state_dict()) for s in run.squeezes]
+    there = [weakref.ref(t) for s in states for part in (s.get("buckets") or [s["errors"], s["velocities"]])
+             for t in part.values() if isinstance(t, torch.Tensor)]  # fmt: skip
+    again = Run(states=states if before else None, **options)
+    if not before:
+        for squeeze, state in zip(again.squeezes, states, strict=True):
+            squeeze.load_state_dict(state)
+        del state
+    del states
+    gc.collect()
+    assert there and [ref() for ref in there] == [None] * len(there)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_state_of_tensors_leaves_memory_tensor_by_tensor(full, used):
+    squeeze = used[0][0]
+    state = through_a_file(squeeze.full_state_dict() if full else squeeze.state_dict())
+    errors = list(state["errors"].values()) if full else [b["worker_error"] for b in state["buckets"]]
+    there = [weakref.ref(error) for error in errors]
+    fresh = DoubleSqueeze(OneBit(32))
+    fresh.load_state_dict(state)
+    del state, errors
+    (name, tensor), *_ = named_tensors(0).items()
+    tensor_reducer(fresh).session("t", name, tensor, True, InProcessTransport.group(2)[0])
+    gc.collect()
+    assert [ref() is None for ref in there] == [True, False]  # the other is still to come
 
 
 def test_a_bad_state_of_one_tensor_changes_no_other(used):

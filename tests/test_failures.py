@@ -73,7 +73,7 @@ def test_a_rank_that_raises_ends_the_job(phase):
 
 @pytest.mark.parametrize(
     "phase, collective",
-    [("push", r"bucket\d\.push"), ("serve", r"bucket\d\.pull"), ("agreement", "agreement"), ("sum", r"bucket0\.residual")],
+    [("push", r"bucket\d\.push"), ("serve", r"bucket\d\.pull"), ("agreement", "name"), ("sum", r"bucket0\.residual")],
 )
 def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
     """Horovod's variables say when; its own stall inspector is silent with Gloo."""
@@ -82,7 +82,7 @@ def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
     code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "stall"], timeout=120)
     assert code != 0 and not left_over(output)
     for rank in (0, 1):
-        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.0\.{collective}"
+        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.(0\.)?{collective}"
         assert re.search(waits, output), output[-4000:]
     assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited \d+ seconds for", output), output[-4000:]
 

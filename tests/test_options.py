@@ -9,8 +9,21 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, double_squeeze
+from ds_horovod import (
+    Cast,
+    Compressor,
+    DoubleSqueeze,
+    NoCompression,
+    OneBit,
+    Quantize,
+    RandomK,
+    Ternary,
+    TopK,
+    checksum,
+    double_squeeze,
+)  # fmt: skip
 from ds_horovod.agreement import require_agreement
+from ds_horovod.checksum import checksums
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
@@ -211,15 +224,28 @@ def test_a_server_out_of_range(server, size):
         bind(DoubleSqueeze(server=server), torch.zeros(64, 64), size=size)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_parameters_that_are_not_floating_point(dtype):
-    with pytest.raises(ValueError, match=f"parameter p1 is {dtype}; only floating-point ones can be trained"):
-        bind(DoubleSqueeze(), torch.zeros(64, 64), torch.zeros(64, 64, dtype=dtype))
+def trained(*shape, **options):
+    return torch.zeros(*shape, requires_grad=True, **options)
+
+
+def test_parameters_that_are_not_floating_point():
+    with pytest.raises(ValueError, match=r"parameter p1 is torch\.complex64; only floating-point ones can be trained"):
+        bind(DoubleSqueeze(), trained(64, 64), trained(64, 64, dtype=torch.complex64))
 
 
 def test_parameters_on_another_device():
     with pytest.raises(ValueError, match="parameter p0 is on meta; only cpu and cuda are supported"):
-        bind(DoubleSqueeze(), torch.zeros(64, 64, device="meta"))
+        bind(DoubleSqueeze(), trained(64, 64, device="meta"))
+
+
+def test_frozen_parameters_may_be_of_any_dtype_and_anywhere():
+    frozen = [torch.zeros(64, 64, dtype=dtype) for dtype in (torch.int8, torch.bool, torch.complex64)]
+    frozen += [torch.zeros(64, 64, device="meta"), torch.eye(3).to_sparse()]
+    session = bind(DoubleSqueeze(), *frozen, p := trained(64, 64))
+    p.grad = torch.zeros(64, 64)
+    assert session.admit(p)
+    session.ready(p)
+    session.flush()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -233,7 +259,7 @@ def test_an_instance_belongs_to_one_optimizer(size):
 def test_a_failed_bind_leaves_the_instance_free():
     squeeze = DoubleSqueeze()
     with pytest.raises(ValueError, match="p0"):
-        bind(squeeze, torch.zeros(64, 64, dtype=torch.int32))
+        bind(squeeze, trained(64, 64, dtype=torch.complex64))
     assert bind(squeeze, torch.zeros(64, 64, requires_grad=True)).buckets
 
 
@@ -342,6 +368,37 @@ def test_disagreement_is_named(there, message):
     here = {"a": 1, "b": [1, 2]}
     with pytest.raises(ValueError, match=rf"do not agree, so nothing was exchanged:\n  {message}$"):
         require_agreement([here, here, there])
+
+
+def test_ranks_that_differ_alike_stand_together_and_a_way_out_at_the_end():
+    own = [{"weights": {"a": value, "b": 1}, "c": rank // 3} for rank, value in enumerate([1, 2, 3, 2])]
+    with pytest.raises(ValueError) as error:
+        require_agreement(own, {"weights": "Broadcast them.", "d": "Not this."})
+    lines = "weights of a: 1 on rank 0, 2 on ranks 1, 3, 3 on rank 2\n  c: 0 on rank 0, 1 on rank 3\nBroadcast them."
+    assert str(error.value).endswith(f"so nothing was exchanged:\n  {lines}")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
+)
+def test_checksums_tell_single_elements_and_places_whatever_the_strides(dtype, monkeypatch):
+    monkeypatch.setattr(checksum, "_CHUNK", 5)
+    x = torch.tensor([[1, 0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0]]).to(dtype)
+    tensors = {"x": x, "moved": x.flatten().roll(1).view(3, 7)}
+    for i in range(21):
+        tensors[f"another at {i}"] = x.clone()
+        tensors[f"another at {i}"].view(-1)[i] = 0 if x.view(-1)[i] else 1
+    found = checksums(tensors.items())
+    assert len(set(found.values())) == len(tensors)
+    assert checksums([("empty", x[:0]), ("scalar", x[0, 0])]).keys() == {"empty", "scalar"}
+    assert checksums([("x", x.t().contiguous().t())]) == {"x": found["x"]}
+    assert checksums([("sparse", torch.eye(3).to_sparse()), ("meta", torch.zeros(3, device="meta"))]) == {}
+
+
+def test_a_checksum_depends_on_the_sign_of_zero():
+    zero = torch.zeros(3)
+    assert checksums([("zero", zero)])["zero"] != checksums([("zero", -zero)])["zero"]
 
 
 def test_many_disagreements_are_counted():

@@ -170,6 +170,19 @@ def test_explain_of_an_optimizer_is_what_is_sent():
     assert f"{stats['compression_ratio']:.1f} times less" in squeeze.explain()
 
 
+def test_explain_on_one_rank():
+    squeeze = DoubleSqueeze(OneBit(64), choose={"body.*": TopK(0.1)})
+    double_squeeze.bind(squeeze, "alone", named(), True, InProcessTransport.group(1)[0])
+    alone = "one rank: nothing is exchanged, and so nothing compressed"
+    with_four = DoubleSqueeze(OneBit(64), choose={"body.*": TopK(0.1)}).explain(named(), workers=4)
+    assert squeeze.explain(workers=4) == f"{alone}; with workers=4:\n{with_four}"
+    assert squeeze.explain().startswith(f"{alone}; with workers=2:\nbucket 0: ")
+    assert squeeze.explain(workers=1) == squeeze.explain(named(), workers=1) == alone
+    for wrong in (0, 2.0, True, "2"):
+        with pytest.raises(ValueError, match=f"workers must be a whole number of ranks, 1 or more; got {wrong!r}"):
+            squeeze.explain(workers=wrong)
+
+
 def test_explain_without_a_model():
     with pytest.raises(ValueError, match="explain needs a model"):
         DoubleSqueeze().explain()

@@ -7,6 +7,7 @@ import weakref
 import horovod.torch as hvd
 from horovod.torch.elastic import state as stock
 
+from ..checkpoint import full_state_of_one, load
 from ..double_squeeze import DoubleSqueeze, reducer_of
 from .transport import HorovodTransport
 
@@ -39,8 +40,14 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
         """`TorchState.sync`: ranks have come or gone, or training begins."""
         reducer = reducer_of(self.value)
         own = self._saved if self._restored else reducer.snapshot()
-        shared = hvd.broadcast_object(own.shared, root_rank=0, name="doublesqueeze.elastic")
+        # What rank 0 alone may have loaded, as Horovod's examples do.
+        of_all = not self._restored and reducer.loaded is not None and reducer.loaded.of_all
+        loaded = full_state_of_one(reducer) if of_all and hvd.rank() == 0 else None
+        # It pickles, as Horovod's elastic states do on their way from rank 0 anyway: newcomers need compressors of any class.
+        shared, loaded = hvd.broadcast_object((own.shared, loaded), root_rank=0, name="doublesqueeze.elastic")
         reducer.rebind(HorovodTransport(reducer.options.server), own._replace(shared=shared))
+        if loaded is not None:
+            load(reducer, loaded)
         self.save()
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import os
 import threading
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod
@@ -23,6 +22,7 @@ from horovod.common.util import split_list
 from horovod.torch import optimizer as stock
 from torch import Tensor
 
+from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
 from ..uncompressed import clip
@@ -31,9 +31,9 @@ from .transport import HorovodTransport, require_horovod_for
 
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
-# The ranks of a process set make its optimizers in the same order, so this names them alike.
 _stock_allreduce: Callable[..., Any] = getattr(stock._DistributedOptimizer, "_allreduce_grad_async", None)  # type: ignore[assignment]
-_optimizers: dict[int, Iterator[int]] = defaultdict(itertools.count)
+_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All that Horovod has made and that are still there, with any compression."""
 
 
 def install() -> None:
@@ -49,6 +49,7 @@ def install() -> None:
             "self", "params", "named_parameters", "compression", "backward_passes_per_step", "op",
             "gradient_predivide_factor", "groups", "sparse_as_dense", "process_set",
         ],
+        "_DistributedOptimizer._make_hook": ["self", "p"],
         "_DistributedOptimizer._allreduce_grad_async": ["self", "p"],
         "_DistributedOptimizer.synchronize": ["self"],
         "_DistributedOptimizer.zero_grad": ["self"],
@@ -66,6 +67,7 @@ def install() -> None:
             )
     optimizer, adasum = stock._DistributedOptimizer, stock._DistributedAdasumOptimizer
     optimizer.__init__ = _init(optimizer.__init__)
+    optimizer._make_hook = _make_hook(optimizer._make_hook)
     optimizer._allreduce_grad_async = _allreduce_grad_async(optimizer._allreduce_grad_async)
     optimizer.synchronize = _synchronize(optimizer.synchronize)
     optimizer.zero_grad = _zero_grad(optimizer.zero_grad)
@@ -73,10 +75,27 @@ def install() -> None:
 
 
 def as_double_squeeze(compression: Any) -> DoubleSqueeze | None:
-    """The class stands for an instance with defaults; None for any other compression."""
+    """The class stands for an instance with defaults, and a compressor for one that has it; None for another compression.
+
+    Raises
+    ------
+    TypeError
+        What is no compression at all, and what to write in its place.
+    """
+    if isinstance(compression, DoubleSqueeze):
+        return compression
     if isinstance(compression, type) and issubclass(compression, DoubleSqueeze):
         return compression()
-    return compression if isinstance(compression, DoubleSqueeze) else None
+    if isinstance(compression, Compressor):
+        return DoubleSqueeze(compression)
+    hint = "DoubleSqueeze, DoubleSqueeze(...), a compressor such as OneBit(), or one of hvd.Compression"
+    if isinstance(compression, type) and issubclass(compression, Compressor):
+        hint = f"{compression.__name__}(...)"
+    elif getattr(compression, "__func__", None) is DoubleSqueeze.paper.__func__:  # type: ignore[attr-defined]
+        hint = "DoubleSqueeze.paper()"
+    elif compression is None or hasattr(compression, "compress"):
+        return None  # as stock Horovod takes it
+    raise TypeError(f"DoubleSqueeze: compression must be a compression, got {compression!r}; write {hint}")
 
 
 def is_average(op: Any) -> bool:
@@ -101,35 +120,109 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         call.apply_defaults()
         squeeze = as_double_squeeze(call.arguments["compression"])
         if squeeze is None:
-            return original(self, *args, **kwargs)
-        if squeeze.options.lr_aware and any("lr" not in group for group in call.arguments["params"]):
-            raise ValueError("DoubleSqueeze: lr_aware=True needs a learning rate in each of the optimizer's parameter groups")
-        average = is_average(call.arguments["op"])
-        groups, process_set = call.arguments["groups"], call.arguments["process_set"]
-        call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
-        call.arguments["groups"] = None  # they are our buckets; what is not compressed Horovod fuses anyway
-        original(*call.args, **call.kwargs)
-        parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
-        if process_set.included() and process_set.size() > 1:
-            require_horovod_for(p.device for _, p in parameters)
-        grouped = _named_groups(groups, parameters)
-        name = f"doublesqueeze.{next(_optimizers[process_set.process_set_id])}"
-        self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p))
-        self._double_squeeze_lock = threading.RLock()
-        self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
-        self._double_squeeze_averaged = {}  # identities of gradients, by parameter
-        self._double_squeeze_reducer = None  # of a rank that is not in the process set
-        if process_set.included():
-            transport = HorovodTransport(squeeze.options.server, process_set)
-            self._double_squeeze_reducer = bind(squeeze, name, parameters, average, transport, grouped)
-        # Names of collectives only: two optimizers with equal parameter names may be under way at once.
-        self._parameter_names = {p: f"{name}.{label}" for label, p in parameters}
-        self.double_squeeze = squeeze
-        self._double_squeeze_parameters = parameters
-        if squeeze.options.momentum:
-            _warn_of_two_momenta(squeeze.options.momentum, self.param_groups)
+            original(self, *args, **kwargs)
+            _replace_others(self, of_stock=False)
+            return
+        try:
+            _bind(self, squeeze, call, original)
+        except BaseException:
+            self.__dict__.get("_double_squeeze_hooks", {}).clear()
+            raise
+        _replace_others(self, of_stock=True)
 
     return __init__
+
+
+def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, original: Callable[..., None]) -> None:
+    if squeeze.options.lr_aware and any("lr" not in group for group in call.arguments["params"]):
+        raise ValueError("DoubleSqueeze: lr_aware=True needs a learning rate in each of the optimizer's parameter groups")
+    average = is_average(call.arguments["op"])
+    groups, process_set = call.arguments["groups"], call.arguments["process_set"]
+    call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
+    call.arguments["groups"] = None  # they are our buckets; what is not compressed Horovod fuses anyway
+    self.double_squeeze = squeeze
+    original(*call.args, **call.kwargs)
+    parameters = [(self._parameter_names[p], p) for group in self.param_groups for p in group["params"]]
+    if process_set.included() and process_set.size() > 1:
+        require_horovod_for(p.device for _, p in parameters if p.requires_grad)
+    grouped = _named_groups(groups, parameters)
+    self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p))
+    self._double_squeeze_lock = threading.RLock()
+    self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
+    self._double_squeeze_averaged = {}  # identities of gradients, by parameter
+    self._double_squeeze_reducer = None  # of a rank that is not in the process set
+    self._double_squeeze_parameters = parameters
+    if process_set.included():
+        transport = HorovodTransport(squeeze.options.server, process_set)
+        reducer = self._double_squeeze_reducer = bind(squeeze, "doublesqueeze", parameters, average, transport, grouped)
+        self._parameter_names = _CollectiveNames(reducer, parameters)
+        if reducer.session is not None and not reducer.session.buckets:
+            _warn_of_nothing_to_compress(reducer)
+    if squeeze.options.momentum:
+        _warn_of_two_momenta(squeeze.options.momentum, self.param_groups)
+
+
+class _CollectiveNames(Mapping[Tensor, str]):
+    """Of gradients that stay on Horovod's own path: two optimizers with equal names of parameters may be under way at once."""
+
+    def __init__(self, reducer: Reducer, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        self._reducer = reducer
+        self._labels = {p: label for label, p in parameters}
+
+    def __getitem__(self, p: Tensor) -> str:
+        return f"{self._reducer.name}.{self._labels[p]}"
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+
+def _make_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _make_hook(self: Any, p: Tensor) -> Callable[..., None]:
+        """As Horovod's, until the optimizer is switched off: the hook outlives that, but need not keep it in memory."""
+        hooks = self.__dict__.setdefault("_double_squeeze_hooks", {})
+        hooks[p] = original(self, p)
+
+        def hook(*ignored: Any) -> None:
+            if p in hooks:
+                hooks[p](*ignored)
+
+        return hook
+
+    return _make_hook
+
+
+def _replace_others(self: Any, of_stock: bool) -> None:
+    """Switches off the optimizers that had any of these parameters before: each gradient would be sent twice.
+
+    Parameters
+    ----------
+    self
+        The new optimizer.
+    of_stock
+        Whether optimizers with other compressions are meant too.
+    """
+    for other in list(_optimizers):
+        both = self._requires_update & other._requires_update
+        if both and (of_stock or hasattr(other, "double_squeeze")):
+            first = next(name for p, name in self._parameter_names.items() if p in both)
+            _switch_off(other, f"a later one trains its parameter {first.rpartition('doublesqueeze.')[2]}")
+    _optimizers.add(self)
+
+
+def _switch_off(self: Any, why: str) -> None:
+    self._double_squeeze_switched_off = why
+    self._double_squeeze_hooks.clear()
+    reducer = _reducer_of(self)
+    if reducer is not None and reducer.session is not None:
+        reducer.session.cancel()
+    for key in self._handles:  # Horovod may still write to these gradients
+        for p in key if isinstance(key, tuple) else (key,):
+            p.grad = None
+    self._handles.clear()
 
 
 def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list[list[str]]:
@@ -155,6 +248,15 @@ def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list
     return [[name_of[p] for p in group] for group in groups if group]
 
 
+def _warn_of_nothing_to_compress(reducer: Reducer) -> None:
+    warnings.warn(
+        f"DoubleSqueeze: none of the {len(reducer.parameters)} parameters is compressed: training is as without it. "
+        f"By default those of two dimensions and {reducer.options.min_numel} elements (min_numel) or more are, in float32, "
+        "float16 or bfloat16; choose= changes that, and print(optimizer.double_squeeze.explain()) says why each is not.",
+        stacklevel=5,
+    )
+
+
 def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
     """Momentum correction takes the place of the optimizer's own."""
     for group in groups:
@@ -164,7 +266,7 @@ def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
             warnings.warn(
                 f"DoubleSqueeze: momentum={momentum} is on, and the optimizer's own too "
                 f"({group.get('momentum') or beta1}): gradients would be averaged twice. Give the optimizer {own}.",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
 
@@ -222,9 +324,25 @@ class _DenseGradients:
         self._results.clear()
 
 
-def reducer_of_optimizer(optimizer: Any) -> Reducer | None:
-    """The reducer of an optimizer; None where the compression is another one, or the rank takes no part."""
-    return getattr(optimizer, "_double_squeeze_reducer", None)
+def reducer_of_optimizer(self: Any) -> Reducer | None:
+    """The reducer of an optimizer; None where the compression is another one, or the rank takes no part.
+
+    Raises
+    ------
+    RuntimeError
+        The optimizer must not be used any more.
+    """
+    why = getattr(self, "_double_squeeze_switched_off", None)
+    if why is not None:
+        raise RuntimeError(
+            f"DoubleSqueeze: this optimizer has been switched off, since {why}. A parameter has one optimizer at a time: use "
+            "the latest, or make a new one"
+        )
+    return _reducer_of(self)
+
+
+def _reducer_of(self: Any) -> Reducer | None:
+    return getattr(self, "_double_squeeze_reducer", None)
 
 
 def _allreduce_grad_async(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,7 +374,7 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
         session.ready(p)
     else:
         small = not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES
-        dense.add(p, late=session.clips or small)
+        dense.add(p, late=session.held or small)
 
     def result() -> Tensor:
         session.flush()

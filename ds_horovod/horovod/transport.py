@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,8 @@ from torch import Tensor
 
 _log = logging.getLogger("ds_horovod")
 _NAP = 1e-3  # seconds
+_names = 0
+"""How many numbers of names this rank has used or left out."""
 
 
 def require_horovod_for(devices: Iterable[torch.device]) -> None:
@@ -40,7 +42,7 @@ class HorovodTransport:
     server
         The rank that serves all of every bucket, as `hvd.rank` counts. None: every rank serves its shard.
     process_set
-        This rank must be in it. `rank` and `size` are those within it.
+        This rank must be in it. `rank` and `size` are those within it, `ranks` are counted as `hvd.rank` does.
 
     Raises
     ------
@@ -54,6 +56,7 @@ class HorovodTransport:
             raise ValueError(f"DoubleSqueeze: server must be one of the ranks {', '.join(map(str, ranks))}; got {server}")
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
+        self.ranks: list[int] = ranks
         self.server = server
         self.shards = self.size if server is None else 1
         # Horovod says then that a collective is done when the default stream has been told to wait for it.
@@ -111,17 +114,28 @@ class HorovodTransport:
         self._warnings = warnings
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's value, by rank. Blocks."""
-        # hvd.allgather_object knows no process sets.
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
+        # hvd.allgather_object knows no process sets, and pickles.
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
         sizes = self._result(handle, name)
         everyones = self._result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
-        return [pickle.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
+        return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
 
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
         return self._result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
+
+    def unique_name(self, prefix: str) -> str:
+        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks.
+
+        A rank may have made optimizers, of this process set or of others, in which the others have no part, so the ranks
+        take the first number that none of them has used. In elastic jobs newcomers take part in that, too.
+        """
+        global _names
+        number = _names if self.size == 1 else max(self.gather_objects(_names, f"{prefix}.name"))
+        _names = number + 1
+        return f"{prefix}.{number}"
 
     def _result(self, handle: int, name: str) -> Tensor:
         """What arrives, waited for here: hvd.synchronize would say nothing of ranks that stall."""

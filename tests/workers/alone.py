@@ -43,6 +43,18 @@ torch.testing.assert_close(*weights)
 state = optimizer.double_squeeze.state_dict()
 assert sorted(state["velocities"]) == ["bias", "weight"]
 
+assert optimizer.double_squeeze.explain().startswith(
+    "one rank: nothing is exchanged, and so nothing compressed; with workers=2:"
+)
+optimizer.double_squeeze.broadcast_state()
+
+# Nothing is sent, so that optimizers may share a model, as they may without compression.
+other = torch.optim.SGD(model.parameters(), lr=0.1)
+other = hvd.DistributedOptimizer(other, named_parameters=model.named_parameters(), compression=TopK(0.01))
+for one in (optimizer, other):
+    model(torch.randn(4, 100)).square().sum().backward()
+    one.step()
+
 value = torch.randn(10)
 assert torch.equal(ds_horovod.allreduce(value, name="alone"), value)
 print("alone: ok")

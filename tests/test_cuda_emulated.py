@@ -159,8 +159,8 @@ def test_rollback_where_the_reply_is_not_finite(codec, emulated):
     layout = pack(sizes, codec.block, 2)
     error = spread(layout, make("normal", sizes, torch.float32, seed=1))
 
-    def run(server=codec):
-        gradients, bad = make("normal", sizes, torch.float16), make("not finite", sizes, torch.float32)
+    def run(server=codec, own="normal"):
+        gradients, bad = make(own, sizes, torch.float16), make("not finite", sizes, torch.float32)
         replies, payload = (torch.zeros(2, c.chunk_nbytes(layout), dtype=torch.uint8) for c in (server, codec))
         server.encode(layout, bad, FeedbackState(), replies)
         memory = memory_of(codec, error)
@@ -174,6 +174,7 @@ def test_rollback_where_the_reply_is_not_finite(codec, emulated):
 
     compare("own reply", run)
     compare("element by element", lambda: run(Cast()))
+    compare("own gradients that are not finite", lambda: run(own="not finite"))
 
 
 @pytest.mark.parametrize("codec", [*FEW_CODECS, NoCompression()], ids=str)

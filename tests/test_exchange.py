@@ -9,7 +9,7 @@ from support import COMPRESSORS, assert_same_bits, gathered, generator, spread
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK
 from ds_horovod.double_squeeze import bind
 from ds_horovod.exchange import Exchange
-from ds_horovod.in_process import InProcessTransport, Simulation
+from ds_horovod.in_process import InProcessTransport, Simulation, Workers
 from ds_horovod.layout import pack
 from ds_horovod.options import Options
 
@@ -212,3 +212,49 @@ def test_chunks_of_a_slice_are_as_large_as_those_of_the_whole(compressor):
     for first in (0, 2, 4):
         for shard in range(2):
             assert layout.slice(first, 2).shard(shard) == layout.shard(first + shard)
+
+
+# ---- steps that a scaler of the loss skips
+
+
+class Scaler:
+    def get_scale(self):
+        return 1.0
+
+
+SPOILED = {"an element": [3], "a row": range(40), "all": slice(None), "none": []}
+
+
+@pytest.mark.parametrize("where", SPOILED)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_a_skipped_step_leaves_what_was_there(compressor, where):
+    """Errors, and what momentum makes of velocities, on each rank, whatever overflowed on one of them."""
+    for options in ({}, {"server": 1}, *([{"momentum": 0.5}] if compressor.sparse else [])):
+        named = [(n, torch.zeros(s, requires_grad=True)) for n, s in (("a", (30, 40)), ("b", (7, 40)), ("bias", (9,)))]
+        group = Workers(lambda o=options: DoubleSqueeze(compressor, min_numel=64, grad_scaler=Scaler(), **o), named, 3)
+        g = generator(3)
+
+        momentum = options.get("momentum", 0.0)
+
+        def held(group=group, momentum=momentum):
+            exchanges = [bucket.exchange for session in group.sessions for bucket in session.buckets]
+            errors = [e.worker_error.double() + (momentum * e.velocity.double() if momentum else 0.0) for e in exchanges]
+            return torch.cat(errors + [e.server_error.double() for e in exchanges if e.server_error is not None])
+
+        for step in range(5):
+            gradients = [[torch.randn(p.shape, generator=g) for _, p in named] for _ in range(3)]
+            before, velocity = held(), dict(group.reducers[0].velocities.state_dict())
+            velocity = {name: u.clone() for name, u in velocity.items()}
+            skipped = step in (0, 3)
+            if skipped:
+                gradients[1][0].view(-1)[SPOILED[where]] = math.inf
+                if where == "none":  # of what is compressed
+                    gradients[2][2][4] = math.nan
+            group.exchange(gradients)
+            assert group.sessions[0].skipped == skipped
+            if skipped:
+                assert (held() - before).abs().max() <= 1e-5 * max(1.0, float(before.abs().max()))
+                for name, u in group.reducers[0].velocities.state_dict().items():
+                    assert_same_bits(u, velocity[name])
+            elif compressor != NoCompression():
+                assert not torch.equal(held(), before)

@@ -320,8 +320,8 @@ def test_the_signature_is_that_of_the_options():
 def test_tab_completion_shows_what_a_user_calls():
     names = {name for name in dir(DoubleSqueeze()) if not name.startswith("_")}
     assert names == {
-        "change_compressor", "compress", "decompress", "explain", "full_state_dict", "load_state_dict", "options", "paper",
-        "state_dict", "stats",
+        "broadcast_state", "change_compressor", "compress", "decompress", "explain", "full_state_dict", "load_state_dict",
+        "options", "paper", "state_dict", "stats",
     }  # fmt: skip
 
 

@@ -696,6 +696,9 @@ top_k_rollback(TopK format, Layout layout, const u8* chunks, const u32* mask, Te
     run.open(layout, blockIdx.x / kRunBlocks, totals_, few_totals_);
     if (!bits) return;
     with_element_type(gradients.dtype, [&](auto* type) {
-        roll_back(type, row, bits, gradients, state, sparse, [&](int j) { return run.at(32 * row_in_run() + u32(j)); });
+        roll_back(type, row, bits, gradients, state, sparse, [&](int j) {
+            const float sent = run.at(32 * row_in_run() + u32(j));
+            return sent == sent ? sent : 0.f;  // a shard that travels as NaN altogether sends nothing of its finite elements
+        });
     });
 }

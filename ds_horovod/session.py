@@ -59,10 +59,9 @@ class Session(Generic[Handle]):
         To the other ranks.
     units
         Of the gradients.
-    own_name
-        Whether the name is but the beginning of a name of its own, on which the ranks agree before their first collective.
     more_to_compare
-        What ranks compare before their first exchange beside what `describe` says.
+        Of an optimizer: what ranks compare before their first exchange beside what `describe` says. The name is but a prefix
+        then, of one that the ranks agree on, since they may have made unequal numbers of optimizers.
     """
 
     def __init__(
@@ -73,8 +72,7 @@ class Session(Generic[Handle]):
         weight: float,
         transport: GroupTransport[Handle],
         units: Units | None = None,
-        own_name: bool = False,
-        more_to_compare: Callable[[], Mapping[str, Any]] = dict,
+        more_to_compare: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.name = name
         self.parameters = list(parameters)
@@ -93,8 +91,8 @@ class Session(Generic[Handle]):
         self._names = {p: n for n, p in self.parameters}
         self._frozen = Frozen()
         self._changes = 0  # of compressors
-        self._wants_own_name = own_name
         self._more_to_compare = more_to_compare
+        self._has_own_name = more_to_compare is None
         self._step: Step[Handle] | None = None
         self.adopt(frozenset(), self.fill(frozenset()))
 
@@ -133,10 +131,9 @@ class Session(Generic[Handle]):
         return f"{self.name}{change}.bucket{bucket}"
 
     def agree_on_name(self) -> None:
-        """Before the first collective: the ranks may have made unequal numbers of optimizers. All ranks call it."""
-        if self._wants_own_name:
-            self.name = self.transport.unique_name(self.name)
-            self._wants_own_name = False
+        """Before the first collective; all ranks call it."""
+        if not self._has_own_name:
+            self.name, self._has_own_name = self.transport.unique_name(self.name), True
             for bucket in self.buckets:
                 bucket.exchange.name = self._name_of(bucket.exchange.bucket)
 
@@ -172,7 +169,7 @@ class Session(Generic[Handle]):
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
         if self.covers(p):
-            self._require_dtype(name, gradient.dtype, self._bucket_of[p].parameters[0].dtype)
+            _require_dtype(name, gradient.dtype, self._bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -192,13 +189,6 @@ class Session(Generic[Handle]):
             gradient = gradient._values()
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
-
-    def _require_dtype(self, name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
-        if dtype not in COMPRESSIBLE or dtype != of_bucket:
-            raise ValueError(
-                f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
-                "be compressed; convert the model, as model.double() does, before making the optimizer"
-            )
 
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
@@ -229,7 +219,7 @@ class Session(Generic[Handle]):
             raise changed_too_early(f"the gradient of {self._names[changed]}")
         if not self.started:
             self.agree_on_name()
-            own = {**describe(self), **self._more_to_compare()}
+            own = describe(self) | dict(self._more_to_compare() if self._more_to_compare else {})
             require_agreement(self.transport.gather_objects(own, self.name + ".agreement"), WAYS_OUT)
             self.started = self._hold_errors = True
         if self.options.max_norm is not None:
@@ -261,11 +251,6 @@ class Session(Generic[Handle]):
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
         self.pipeline.cancel()
-        self._step = None
-
-    def abandon(self) -> None:
-        """Drops the step under way without waiting for other ranks, which may not take part any more."""
-        self.pipeline.in_flight.clear()
         self._step = None
 
     # ---- between two steps
@@ -324,6 +309,14 @@ class Session(Generic[Handle]):
     def restore_frozen(self) -> None:
         """What is held of frozen parameters lies with all the rest until the next step."""
         self._frozen.restore_all()
+
+
+def _require_dtype(name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
+    if dtype not in COMPRESSIBLE or dtype != of_bucket:
+        raise ValueError(
+            f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
+            "be compressed; convert the model, as model.double() does, before making the optimizer"
+        )
 
 
 WAYS_OUT = {

@@ -214,7 +214,7 @@ def _switch_off(self: Any, why: str) -> None:
     self._double_squeeze_hooks.clear()
     reducer = _reducer_of(self)
     if reducer is not None and reducer.session is not None:
-        reducer.session.abandon()
+        reducer.session.pipeline.in_flight.clear()  # without waiting for ranks that may not take part any more
     for key in self._handles:  # Horovod may still write to these gradients
         for p in key if isinstance(key, tuple) else (key,):
             p.grad = None

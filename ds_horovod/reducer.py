@@ -42,10 +42,12 @@ class Snapshot(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The state that an optimizer has loaded before its next step."""
+    """A state that an optimizer has loaded, and taken no step since."""
 
     description: str
     """By which ranks tell whether it is the same one."""
+    step: int
+    """Of the state."""
     of_all: bool
     """Whether it is what all ranks hold together, of which each took its part."""
     errors: dict[str, Tensor] | None = None
@@ -106,12 +108,11 @@ class Reducer:
         self.transport = transport
         self.session: Session[Any] | None = None
         """The exchange; None for one rank, which has nobody to exchange with."""
-        self.loaded: Loaded | None = None
-        """What has been loaded since the last step."""
+        self._loaded: Loaded | None = None
         if transport.size > 1:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
-                self._name, self.parameters, self.selection, weight, transport, self.units, True, self._more_to_compare
+                self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare
             )
         else:
             self._name_alone = transport.unique_name(self._name)
@@ -119,10 +120,19 @@ class Reducer:
     def _more_to_compare(self) -> dict[str, Any]:
         """Parts of the state of training that must be the same on all ranks when they begin."""
         return {
-            "loaded state": "none" if self.loaded is None else self.loaded.description,
+            "loaded state": self.loaded.description if self.loaded else "none",
             "velocities": checksums(self.velocities.state_dict().items()),
             "weights": checksums(self._all_parameters),
         }
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What has been loaded since the last step."""
+        return self._loaded if self._loaded and self._loaded.step == self.steps else None
+
+    @loaded.setter
+    def loaded(self, loaded: Loaded) -> None:
+        self._loaded = loaded
 
     @property
     def name(self) -> str:
@@ -159,8 +169,8 @@ class Reducer:
         rates
             The learning rate of each parameter, by name.
         """
-        if self.session is None or self.session.started:
-            self.loaded = None
+        if self.loaded is None:
+            self._loaded = None  # its errors need not stay in memory
         change = self.units.begin_step(rates)
         if change is None:
             return

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .broadcast import broadcast
+from .buckets import GroupTransport
 from .checkpoint import full_state, load, rank_state, require_format
 from .compressors import Compressor, OneBit
 from .eager import TensorReducer
 from .options import Options, require_compressor
 from .reducer import Reducer
 from .selection import Selection, explain
-from .session import GroupTransport
 from .stats import combine_stats, stats_of
 
 _P = ParamSpec("_P")

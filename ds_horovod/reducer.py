@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .buckets import GroupTransport
 from .checksum import checksums
 from .compressors import Compressor
 from .options import Options
 from .residual import Residual
 from .selection import Selection
-from .session import GroupTransport, Session
+from .session import Session
 from .uncompressed import Velocities
 from .units import Units
 

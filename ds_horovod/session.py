@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import replace
-from typing import Any, Generic, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import residual
 from .agreement import require_agreement
-from .exchange import Exchange, Handle, Totals, Transport
+from .buckets import Buckets, GroupTransport
+from .exchange import Handle
 from .options import Options
 from .pipeline import Pipeline
-from .residual import Frozen, Residual
-from .selection import COMPRESSIBLE, Plan, Selection
+from .residual import Residual
+from .selection import COMPRESSIBLE, Selection
 from .step import Bucket, Step, changed_too_early
 from .uncompressed import clip, require_dense
 from .units import Change, Units
 
 
-class GroupTransport(Transport[Handle], Protocol[Handle]):
-    """A transport that can also compare notes."""
-
-    ranks: list[int]
-    """All ranks of the group, as the user counts them."""
-
-    def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's plain value, by rank. Blocks."""
-
-    def sum(self, tensor: Tensor, name: str) -> Tensor:
-        """Of all ranks' tensors. Blocks."""
-
-    def unique_name(self, prefix: str) -> str:
-        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
-
-
-class Session(Generic[Handle]):
-    """All buckets of one optimizer.
+class Session(Buckets[Handle]):
+    """The buckets of one optimizer, step after step.
 
     A step is `admit` and `ready` for each gradient, `flush` at the end of backward, and `finish` for each. In the first
     step nothing leaves before all gradients are there: only then is it known which are sparse, and the ranks have compared
@@ -47,20 +30,10 @@ class Session(Generic[Handle]):
 
     Parameters
     ----------
-    name
-        Prefix of all names of collectives, the same on all ranks.
-    parameters
-        Names and parameters in the order of registration.
-    selection
-        What is compressed, and how, as the user chose.
-    weight
-        1 / ranks for an average, 1 for a sum.
-    transport
-        To the other ranks.
+    name, parameters, selection, weight, transport, own_name
+        As for `Buckets`.
     units
         Of the gradients.
-    own_name
-        Whether the name is but the beginning of a name of its own, on which the ranks agree before their first collective.
     more_to_compare
         What ranks compare before their first exchange beside what `describe` says.
     """
@@ -76,14 +49,7 @@ class Session(Generic[Handle]):
         own_name: bool = False,
         more_to_compare: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.name = name
-        self.parameters = list(parameters)
-        self.selection = selection
-        self.weight = weight
-        self.transport = transport
         self.units = Units() if units is None else units
-        self.totals = Totals()
-        self.pipeline = Pipeline(transport, self.totals)
         self.admitted = 0
         """Gradients so far, compressed or not."""
         self.dense_bytes = 0
@@ -92,71 +58,23 @@ class Session(Generic[Handle]):
         """Whether the ranks have agreed, so that buckets may leave during backward."""
         self.skipped = False
         """Whether the last step is one that a scaler of the loss skips."""
-        self._names = {p: n for n, p in self.parameters}
-        self._frozen = Frozen()
-        self._changes = 0  # of compressors
-        self._wants_own_name = own_name
+        self._names = {p: n for n, p in parameters}
         self._more_to_compare = more_to_compare
         self._step: Step[Handle] | None = None
-        self.adopt(frozenset(), self.fill(frozenset()))
-
-    @property
-    def options(self) -> Options:
-        """As the user chose them."""
-        return self.selection.options
+        super().__init__(name, parameters, selection, weight, transport, own_name)
+        self.pipeline = Pipeline(transport, self.totals)
 
     @property
     def held(self) -> bool:
         """Whether no gradient may leave before all are there: where they are clipped, and before the ranks have agreed."""
         return self.options.max_norm is not None or not self.started
 
-    @property
-    def step(self) -> int:
-        """How many have been taken, since training began."""
-        return max((bucket.exchange.worker.step for bucket in self.buckets), default=0)
-
-    # ---- buckets
-
-    def plan(self, sparse: Set[str]) -> list[Plan]:
-        """The buckets, without the parameters whose gradients are sparse."""
-        return self.selection.plan(self.parameters, self.transport.shards, sparse)
-
-    def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
-        """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
-        buckets = []
-        for b, plan in enumerate(self.plan(sparse)):
-            device, name = plan.parameters[0].device, self._name_of(b)
-            exchange = Exchange(b, name, plan.layout, plan.options, self.weight, self.transport, device, self.totals)
-            buckets.append(Bucket(plan.names, plan.parameters, exchange))
-        return buckets
-
-    def _name_of(self, bucket: int) -> str:
-        change = f".change{self._changes}" if self._changes else ""  # sizes under a name never change
-        return f"{self.name}{change}.bucket{bucket}"
-
-    def agree_on_name(self) -> None:
-        """Before the first collective: the ranks may have made unequal numbers of optimizers. All ranks call it."""
-        if self._wants_own_name:
-            self.name = self.transport.unique_name(self.name)
-            self._wants_own_name = False
-            for bucket in self.buckets:
-                bucket.exchange.name = self._name_of(bucket.exchange.bucket)
-
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
         """Goes on with the buckets that `fill` made, which may hold errors already."""
+        super().adopt(sparse, buckets)
         self._hold_errors = hold_errors
-        self.sparse = frozenset(sparse)
-        self.buckets = buckets
-        self._frozen.forget()
-        self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
         if self._step is not None and not self._step.flushed:
             self._step.arrange(buckets)
-
-    def covers(self, p: Tensor) -> bool:
-        """Whether the gradient of a parameter goes through the exchange."""
-        return p in self._bucket_of
-
-    # ---- one step
 
     def admit(self, p: Tensor) -> bool:
         """Is told of each gradient, once a step. Returns whether it goes through the exchange.
@@ -174,7 +92,7 @@ class Session(Generic[Handle]):
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
         if self.covers(p):
-            self._require_dtype(name, gradient.dtype, self._bucket_of[p].parameters[0].dtype)
+            self._require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -188,7 +106,7 @@ class Session(Generic[Handle]):
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
-            self._frozen.update(p, self._bucket_of[p])
+            self.frozen.update(p, self.bucket_of[p])
             return True
         if gradient.is_sparse:
             gradient = gradient._values()
@@ -205,7 +123,7 @@ class Session(Generic[Handle]):
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
         assert self._step is not None
-        self._step.ready(p, self._bucket_of[p])
+        self._step.ready(p, self.bucket_of[p])
         if not self.held:
             self.poll()
 
@@ -267,11 +185,11 @@ class Session(Generic[Handle]):
         self.drain()
         self.settle()
         assert self._step is not None
-        waits_for = self._step.waits_for(self._bucket_of[p])
+        waits_for = self._step.waits_for(self.bucket_of[p])
         if waits_for:
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         gradient = self._step.gradients.pop(p)  # from here on it is the optimizer's, which may free it
-        if p in self._frozen:  # it must not move; 1-bit scales that it shares with others leave no zeros
+        if p in self.frozen:  # it must not move; 1-bit scales that it shares with others leave no zeros
             gradient.zero_()
         return gradient
 
@@ -288,7 +206,7 @@ class Session(Generic[Handle]):
         self.pipeline.cancel()
         self._step = None
 
-    def abandon(self) -> None:
+    def drop(self) -> None:
         """Drops the step under way without waiting for other ranks, which may not take part any more."""
         self.pipeline.in_flight.clear()
         self._step = None
@@ -304,54 +222,21 @@ class Session(Generic[Handle]):
             )
 
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
-        """The residual of this rank, or of all ranks together, which all call it, for each parameter that is compressed.
-
-        Raises
-        ------
-        RuntimeError
-            A step is under way.
-        """
+        """As `Buckets.export_residual`. Raises RuntimeError while a step is under way."""
         self.require_between_steps()
-        self.restore_frozen()
-        if of_all:
-            self.agree_on_name()
-        result: dict[str, Residual] = {}
-        for bucket in self.buckets:
-            error, velocity = residual.export_residual(bucket.exchange)
-            if of_all:
-                name = bucket.exchange.name
-                error = self.transport.sum(error, name + ".residual")
-                velocity = velocity if velocity is None else self.transport.sum(velocity, name + ".velocity")
-            result |= residual.by_parameter(bucket, error, velocity)
-        return result
-
-    def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
-        """Takes over residuals of these parameters from other buckets or ranks. What is not there is zero."""
-        for bucket in self.buckets:
-            residual.import_residual(bucket.exchange, *residual.by_bucket(bucket, residuals), step)
+        return super().export_residual(of_all)
 
     def restart(self, options: Options) -> None:
-        """Goes on with other compressors, in new buckets whose errors are zero, between two steps.
-
-        The next step begins as the first one did: the ranks compare what they hold.
-        """
-        self.selection = replace(self.selection, options=options)
-        self._changes += 1
-        self.started = False
-        self.adopt(self.sparse, self.fill(self.sparse), hold_errors=True)
+        """As `Buckets.restart`. The next step begins as the first one did: the ranks compare what they hold."""
+        super().restart(options)
+        self.started, self._hold_errors = False, True
 
     def rescale(self, change: Change) -> None:
-        """Multiplies what is held of each parameter; before a bucket of the step has left."""
-        self.restore_frozen()
-        for bucket in self.buckets:
-            residual.rescale(bucket, change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
+        """As `Buckets.rescale`; before a bucket of the step has left."""
+        super().rescale(change)
         if self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
-                self._frozen.update(p, self._bucket_of[p])
-
-    def restore_frozen(self) -> None:
-        """What is held of frozen parameters lies with all the rest until the next step."""
-        self._frozen.restore_all()
+                self.frozen.update(p, self.bucket_of[p])
 
 
 WAYS_OUT = {

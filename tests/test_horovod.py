@@ -10,7 +10,7 @@ import pytest
 from horovod_jobs import ROOT, horovodrun
 
 WORKERS = ROOT / "tests" / "workers"
-SCRIPTS = ["checks", "mixed", "life", "patterns"]
+SCRIPTS = ["checks", "mixed", "life", "patterns", "binding"]
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,7 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import (
-    Cast,
-    Compressor,
-    DoubleSqueeze,
-    NoCompression,
-    OneBit,
-    Quantize,
-    RandomK,
-    Ternary,
-    TopK,
-    checksum,
-    double_squeeze,
-)  # fmt: skip
+from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, double_squeeze
 from ds_horovod.agreement import require_agreement
 from ds_horovod.checksum import checksums
 from ds_horovod.feedback import FeedbackState
@@ -383,7 +371,7 @@ def test_ranks_that_differ_alike_stand_together_and_a_way_out_at_the_end():
     [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
 )
 def test_checksums_tell_single_elements_and_places_whatever_the_strides(dtype, monkeypatch):
-    monkeypatch.setattr(checksum, "_CHUNK", 5)
+    monkeypatch.setattr("ds_horovod.checksum._CHUNK", 5)
     x = torch.tensor([[1, 0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0]]).to(dtype)
     tensors = {"x": x, "moved": x.flatten().roll(1).view(3, 7)}
     for i in range(21):

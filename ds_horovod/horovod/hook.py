@@ -218,7 +218,7 @@ def _switch_off(self: Any, why: str) -> None:
     self._double_squeeze_hooks.clear()
     reducer = _reducer_of(self)
     if reducer is not None and reducer.session is not None:
-        reducer.session.cancel()
+        reducer.session.drop()
     for key in self._handles:  # Horovod may still write to these gradients
         for p in key if isinstance(key, tuple) else (key,):
             p.grad = None

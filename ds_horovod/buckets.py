@@ -29,6 +29,12 @@ class GroupTransport(Transport[Handle], Protocol[Handle]):
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
 
+    def begin_sum(self, tensor: Tensor, name: str) -> Handle | None:
+        """Begins a sum of small tensors over the ranks that take part in this step, which `poll` and `wait` end.
+
+        None: all ranks always take part, and are alike.
+        """
+
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
 

@@ -186,7 +186,7 @@ class Reducer:
             Gradients of this scale have been added to errors of another one.
         """
         units, session, scale = self.units, self.session, float(scaler.get_scale())
-        if session is not None and scale != units.scale and (session.step > 1 if exchanged else session.has_left):
+        if session is not None and scale != units.scale and (session.step > 1 if exchanged else not session.held):
             raise RuntimeError(
                 f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
                 f"{units.scale:g}, and gradients of this step have been added to them. Pass DoubleSqueeze(grad_scaler=scaler)"

@@ -60,6 +60,12 @@ class Session(Buckets[Handle]):
         """Whether the last step is one that a scaler of the loss skips."""
         self._names = {p: n for n, p in parameters}
         self._more_to_compare = more_to_compare
+        self.complete = True
+        """Whether all ranks take part in the step: those that have called hvd.join() do not."""
+        self.unknown: set[Tensor] = {p for _, p in parameters}
+        """Parameters that have had no gradient yet on this rank."""
+        self._frozen_everywhere: set[Tensor] = set()
+        self._taking_part: Handle | None = None  # the sum of who takes part, under way
         self._step: Step[Handle] | None = None
         super().__init__(name, parameters, selection, weight, transport, own_name)
         self.pipeline = Pipeline(transport, self.totals)
@@ -102,7 +108,7 @@ class Session(Buckets[Handle]):
             sparse = self.sparse | {name}
             self.adopt(sparse, self.fill(sparse))
         if self._step is None or self._step.flushed:
-            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, self.held, self.units)
+            self._step = self._begin_step()
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
@@ -112,6 +118,45 @@ class Session(Buckets[Handle]):
             gradient = gradient._values()
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
+
+    def _begin_step(self) -> Step[Handle]:
+        """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before."""
+        self.complete, self._taking_part = True, None
+        self._frozen_everywhere = {p for p in self.bucket_of if not p.requires_grad}
+        if self.started:
+            own = torch.tensor([1.0, *(float(not p.requires_grad) for p in self.bucket_of)], dtype=torch.float32)
+            self._taking_part = self.transport.begin_sum(own, self.name + ".ranks")
+        held = self.held or self._taking_part is not None
+        checks_values = self.options.max_norm is None and not self.started
+        return Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values)
+
+    def _note_who_takes_part(self, total: Tensor) -> None:
+        self._taking_part = None
+        ranks, *frozen = total.tolist()
+        self._frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
+        self.complete = ranks == self.transport.size
+        if not self.complete and self.options.momentum:
+            raise RuntimeError(
+                f"DoubleSqueeze: {self.transport.size - ranks:.0f} ranks have called hvd.join() while others still train, "
+                f"which momentum={self.options.momentum} cannot follow; call optimizer.step() on them, without backward()"
+            )
+        if self.complete and not self.held and self._step is not None:
+            self._step.release()
+
+    def unsent(self) -> list[Tensor]:
+        """Parameters whose gradients no exchange takes in this step, since ranks are missing; each is given once."""
+        left = [] if self.complete or self._step is None else list(self._step.gradients)
+        for p in left:
+            gradient = self._step.gradients.pop(p)  # type: ignore[union-attr]
+            self.dense_bytes += gradient.numel() * gradient.element_size()
+        return left
+
+    def missing_gradient(self, p: Tensor) -> Tensor:
+        """A gradient of zeros, of the layout that the gradients of a parameter have."""
+        if self._names[p] not in self.sparse:
+            return torch.zeros_like(p)
+        rows = torch.empty(1, 0, dtype=torch.int64, device=p.device)
+        return torch.sparse_coo_tensor(rows, p.new_empty((0, *p.shape[1:])), p.shape)
 
     def _require_dtype(self, name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
         if dtype not in COMPRESSIBLE or dtype != of_bucket:
@@ -129,6 +174,8 @@ class Session(Buckets[Handle]):
 
     def poll(self) -> None:
         """Does what can be done without waiting."""
+        if self._taking_part is not None and self.transport.poll(self._taking_part):
+            self._note_who_takes_part(self.transport.wait(self._taking_part))
         self.pipeline.poll()
 
     def flush(self) -> None:
@@ -147,16 +194,37 @@ class Session(Buckets[Handle]):
         changed = step.changed()
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
+        if self._taking_part is not None:
+            self._note_who_takes_part(self.pipeline.wait_for(self._taking_part, self.name + ".ranks"))
         if not self.started:
-            self.agree_on_name()
-            own = {**describe(self), **self._more_to_compare()}
-            require_agreement(self.transport.gather_objects(own, self.name + ".agreement"), WAYS_OUT)
-            self.started = self._hold_errors = True
+            self._agree()
         if self.options.max_norm is not None:
             gradients = [(self._names[p], p.grad) for p in step.admitted if p.grad is not None]
             clip(gradients, self.options.max_norm * self.units.scale)
         step.flushed = True
-        step.release()
+        if self.complete:
+            step.release()
+
+    def _agree(self) -> None:
+        """In the first step: the ranks compare what they hold, and learn what only some of them have seen."""
+        self.agree_on_name()
+        own = {**describe(self), **self._more_to_compare()}
+        own["unknown"] = sorted(self._names[p] for p in self.unknown)
+        own["frozen"] = sorted(self._names[p] for p in self._frozen_everywhere)
+        everyones = self.transport.gather_objects(own, self.name + ".agreement")
+        frozen = set(own["frozen"]).intersection(*(other.pop("frozen") for other in everyones))
+        sparse = sorted({name for other in everyones for name in other["sparse parameters"]})
+        for other in everyones:  # what has no gradient on a rank is sparse there if it is elsewhere
+            unknown = other.pop("unknown")
+            other["sparse parameters"] = [n for n in sparse if n in other["sparse parameters"] or n in unknown]
+        require_agreement(everyones, WAYS_OUT)
+        self.started = True
+        if self.sparse != set(sparse):
+            residuals, step = Buckets.export_residual(self), self.step
+            self.adopt(frozenset(sparse), self.fill(frozenset(sparse)))
+            self.import_residual(residuals, step)
+        self._hold_errors = True
+        self._frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
 
     def drain(self) -> None:
         """Returns when no collective is under way."""
@@ -189,20 +257,18 @@ class Session(Buckets[Handle]):
         if waits_for:
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         gradient = self._step.gradients.pop(p)  # from here on it is the optimizer's, which may free it
-        if p in self.frozen:  # it must not move; 1-bit scales that it shares with others leave no zeros
+        if p in self._frozen_everywhere:  # it must not move; 1-bit scales that it shares with others leave no zeros
             gradient.zero_()
         return gradient
-
-    @property
-    def has_left(self) -> bool:
-        """Whether a bucket of the step under way has left."""
-        return self._step is not None and not self._step.flushed and self._step.launched
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
 
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
+        if self._taking_part is not None:
+            self.pipeline.wait_for(self._taking_part, self.name + ".ranks")
+            self._taking_part = None
         self.pipeline.cancel()
         self._step = None
 

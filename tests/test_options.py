@@ -413,7 +413,7 @@ def test_many_disagreements_are_counted():
 def test_sessions_compare_everything_that_matters(key, options, weight, shape):
     class Transport(InProcessTransport):
         def gather_objects(self, value, name):
-            return [expected, value]
+            return [{**value, **expected}, dict(value)]
 
     def step(options, weight, shape):
         defaults = {"compressor": OneBit(), "server_compressor": OneBit(), "min_numel": 1}

@@ -285,16 +285,19 @@ class _DenseGradients:
 
     def __init__(self, send: Callable[[Tensor], Any]) -> None:
         self._send = send
-        self._waiting: list[Tensor] = []
+        self._waiting: dict[Tensor, None] = {}
         self._handles: dict[Tensor, Any] = {}
         self._results: dict[Tensor, Tensor] = {}
 
     def add(self, p: Tensor, late: bool) -> None:
         """Sends a gradient now, or once backward has ended."""
         if late:
-            self._waiting.append(p)
+            self._waiting[p] = None
         else:
             self._handles[p] = self._send(p)
+
+    def __contains__(self, p: object) -> bool:
+        return p in self._waiting or p in self._handles or p in self._results
 
     def flush(self) -> None:
         """Backward has ended."""
@@ -364,13 +367,19 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
     if session is None:
         return original(self, p)  # type: ignore[no-any-return]
     if p.grad is None:
-        p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
-    sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
+        p.grad = session.missing_gradient(p)  # as Horovod does: another rank may have a gradient
+        known = False
+    else:
+        known = True
+    # What is sparse only after training began without a gradient of it is compressed too: other ranks do not know of it.
+    came_late = session.started and session.covers(p) and p in session.unknown
+    sparse_dim = p.grad.sparse_dim() if p.grad.is_sparse and (self.sparse_as_dense or came_late) else None
     if sparse_dim is not None:
         p.grad = p.grad.to_dense()
+    elif known:
+        session.unknown.discard(p)
     dense: _DenseGradients = self._double_squeeze_dense
-    compressed = session.admit(p)
-    if compressed:
+    if session.admit(p):
         session.ready(p)
     else:
         small = not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES
@@ -378,10 +387,15 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
 
     def result() -> Tensor:
         session.flush()
+        for q in session.unsent():
+            dense.add(q, late=False)
+        if not session.covers(p) and p not in dense:  # another rank has told in the first step that it is sparse
+            p.grad = session.missing_gradient(p)
+            dense.add(p, late=False)
         dense.flush()
         session.drain()
         session.settle(dense.are_finite)
-        aggregated = session.finish(p) if compressed else dense.result(p)
+        aggregated = dense.result(p) if p in dense else session.finish(p)
         if sparse_dim is not None:  # as it was: some optimizers take no other
             p.grad = aggregated.to_sparse(sparse_dim)
             return p.grad.clone()

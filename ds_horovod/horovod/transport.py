@@ -126,6 +126,10 @@ class HorovodTransport:
         """Of all ranks' tensors. Blocks."""
         return self._result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
 
+    def begin_sum(self, tensor: Tensor, name: str) -> int | None:
+        # In place, and of what an allreduce takes alone: ranks that have called hvd.join() take part with zeros.
+        return int(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set))
+
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks.
 

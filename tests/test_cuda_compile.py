@@ -14,7 +14,7 @@ QUANTIZE = [(f"-DBITS={bits}", "-DSTOCHASTIC=0", "-DL2=0") for bits in (0, 2, 3,
 QUANTIZE += [("-DBITS=8", "-DSTOCHASTIC=1", "-DL2=0"), ("-DBITS=0", "-DSTOCHASTIC=1", "-DL2=1")]
 SOURCES = [(family, options) for family in FAMILIES for options in (QUANTIZE if family == "quantize" else [()])]
 ARCHITECTURES = (75, 80, 90, 100)
-# So 1024 threads share an SM's 65536 registers, each with 32 to 64 bytes of reads under way.
+# So 1024 threads share an SM's 65536 registers, each with 32 to 64 bytes of reads in flight.
 MOST_REGISTERS = 64
 MOST_SHARED = 48 * 1024
 

@@ -192,7 +192,7 @@ def the_state_of_one_rank_for_all():
 
 @check
 def the_own_state_of_a_rank_for_all():
-    """What it owes is divided, and counted once; what others owed is replaced."""
+    """Its residual is divided, and counted once; those of the others are replaced."""
     for make in OPTIONS.values():
         model, optimizer = trained(make)
         root = hvd.size() - 1
@@ -330,15 +330,15 @@ def other_compressions_stay_horovods():
 
 @check
 def a_new_optimizer_for_the_same_model():
-    """While the old one is there, once it is gone, with gradients under way, and in place of one that has no compression."""
-    for case in ("there", "gone", "under way", "stock", "stock, under way", "same options"):
+    """While the old one is there, once it is gone, with gradients in flight, and in place of one that has no compression."""
+    for case in ("there", "gone", "in flight", "stock", "stock, in flight", "same options"):
         results = []
         for replaced in (True, False):
             model = small_model()
             if replaced:
                 old = distributed(model, hvd.Compression.none if "stock" in case else squeeze(OneBit(64)))
                 train_step(model, old, 9)
-                if "under way" in case:
+                if "in flight" in case:
                     accumulate(model, 10, 1)
                 model.load_state_dict(small_model().state_dict())
             if case == "gone" and replaced:

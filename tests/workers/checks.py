@@ -112,7 +112,7 @@ def conservation_law_with_momentum():
     model = small_model()
     optimizer = distributed(model, squeeze(TopK(0.05, values="sign"), momentum=momentum), options={"lr": lr})
 
-    def waiting():
+    def residual():
         return {name: worker + server for name, (worker, server) in errors_in_gradient_order(optimizer).items()}
 
     def velocities():
@@ -126,10 +126,10 @@ def conservation_law_with_momentum():
     for name, p in model.named_parameters():
         p.register_hook(partial(local.__setitem__, name))
     for step in range(6):
-        before, velocity = waiting(), velocities()
+        before, velocity = residual(), velocities()
         start = {name: p.detach().double().clone() for name, p in model.named_parameters()}
         train_step(model, optimizer, step)
-        after = waiting()
+        after = residual()
         for name, p in model.named_parameters():
             if name in before:
                 gradient = everyones(local[name].double()).mean(0).view(-1)
@@ -247,7 +247,7 @@ def a_single_server_bears_the_traffic():
 
 @check
 def every_bucket_leaves_before_the_step_ends():
-    """From the second step on, buckets are under way when backward returns: nothing waits for step()."""
+    """From the second step on, buckets are in flight when backward returns: nothing waits for step()."""
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(64)))
     train_step(model, optimizer, 0)
@@ -813,7 +813,7 @@ def load_state_dict_in_mid_step():
         optimizer = distributed(model, squeeze(OneBit(64)), backward_passes_per_step=passes)
         for step in range(4):
             accumulate(model, step, passes)
-            if step == 2:  # under way, and then forgotten
+            if step == 2:  # in flight, and then forgotten
                 optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.zero_grad()
                 accumulate(model, step, passes)

@@ -43,8 +43,8 @@ def scaled_step(model, optimizer, scaler, step, overflows=False, autocast=None):
     return float(loss.detach())
 
 
-def kept(optimizer):
-    """What waits in all errors, in units of gradients that are not scaled."""
+def total_error(optimizer):
+    """mean_i(e_i) + E of all parameters, in units of gradients that are not scaled."""
     scale = optimizer.double_squeeze._reducer.units.scale
     return flat([worker + server for worker, server in errors_in_gradient_order(optimizer).values()]) / scale
 
@@ -86,12 +86,12 @@ def overflow_on_one_rank_is_skipped_on_all_and_leaves_no_trace():
             weights, before = flat(model.parameters()), None
             overflows = step in (2, 3, 6)
             if overflows:
-                before = kept(optimizer)
+                before = total_error(optimizer)
             scaled_step(model, optimizer, scaler, step, overflows)
             assert_identical(model)
             assert torch.equal(weights, flat(model.parameters())) == overflows
             if before is not None:
-                torch.testing.assert_close(kept(optimizer), before, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(total_error(optimizer), before, rtol=1e-3, atol=1e-5)
                 assert before.abs().max() > 1e-3
             scales.append(math.log2(scaler.get_scale()))
         assert scales == [12, 12, 11, 10, 10, 10, 9, 9, 9], scales

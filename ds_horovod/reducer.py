@@ -98,7 +98,7 @@ class Reducer:
         self.units = Units(options.grad_scaler, options.lr_aware)
         self.velocities = Velocities(options.momentum)
         self._all_parameters = list(parameters)
-        self._name = name
+        self._name = self._first_name = name
         self._average = average
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
         self._steps_carried_over = 0
@@ -279,12 +279,24 @@ class Reducer:
         compressors = self.options.compressor, self.options.server_compressor
         return Snapshot(self.residuals(), Shared(compressors, self.steps, sparse, velocities, self.units.state_dict()))
 
-    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot) -> None:
+    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot, era: str = "") -> None:
         """Goes on among other ranks, with what this one has held before; all of them call it.
 
         The residuals of the ranks that are still there are those of all from now on.
+
+        Parameters
+        ----------
+        transport
+            To the other ranks.
+        snapshot
+            What this rank has held, and all hold.
+        era
+            Part of names that no rank has ever used: of a collective that began when a rank failed, Horovod may keep the name
+            and the tensor. Empty: as before.
         """
         residuals, shared = snapshot
+        if era:
+            self._name = f"{self._first_name}.{era}"
         compressor, server_compressor = shared.compressors
         options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
         self.selection = replace(self.selection, options=options)

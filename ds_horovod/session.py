@@ -130,9 +130,13 @@ class Session(Buckets[Handle]):
         checks_values = self.options.max_norm is None and not self.started
         return Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values)
 
-    def _note_who_takes_part(self, total: Tensor) -> None:
-        self._taking_part = None
-        ranks, *frozen = total.tolist()
+    def _await_who_takes_part(self) -> list[float]:
+        handle, self._taking_part = self._taking_part, None
+        assert handle is not None
+        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()  # type: ignore[no-any-return]
+
+    def _note_who_takes_part(self) -> None:
+        ranks, *frozen = self._await_who_takes_part()
         self._frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
         self.complete = ranks == self.transport.size
         if not self.complete and self.options.momentum:
@@ -168,7 +172,7 @@ class Session(Buckets[Handle]):
     def poll(self) -> None:
         """Does what can be done without waiting."""
         if self._taking_part is not None and self.transport.poll(self._taking_part):
-            self._note_who_takes_part(self.transport.wait(self._taking_part))
+            self._note_who_takes_part()
         self.pipeline.poll()
 
     def flush(self) -> None:
@@ -188,7 +192,7 @@ class Session(Buckets[Handle]):
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
         if self._taking_part is not None:
-            self._note_who_takes_part(self.pipeline.wait_for(self._taking_part, self.name + ".ranks"))
+            self._note_who_takes_part()
         if not self.started:
             self._agree()
         if self.options.max_norm is not None:
@@ -259,10 +263,9 @@ class Session(Buckets[Handle]):
 
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
-        if self._taking_part is not None:
-            self.pipeline.wait_for(self._taking_part, self.name + ".ranks")
-            self._taking_part = None
         self.pipeline.cancel()
+        if self._taking_part is not None:
+            self._await_who_takes_part()
         self._step = None
 
     def drop(self) -> None:

@@ -100,7 +100,7 @@ ONE_OF_EACH = [OneBit(96), Quantize(4), Ternary(96), Cast("bf16"), RandomK(0.5),
 
 
 @pytest.mark.parametrize("pusher", ONE_OF_EACH, ids=str)
-def test_what_float16_cannot_hold_waits(pusher, emulated):
+def test_the_residual_keeps_what_float16_cannot_hold(pusher, emulated):
     run = lambda: simulated(pusher, pusher, True, torch.float16, False, 15000, average=False)  # noqa: E731
     assert max(output.max() for name, output in run().items() if "gradients" in name) == 65504 or isinstance(pusher, OneBit)
     compare(run)

@@ -48,6 +48,17 @@ def test_a_killed_server_or_worker_of_one_server_surfaces_too(server, phase):
             assert "at step 2" in output or "at step 3" in output, output
 
 
+@pytest.mark.parametrize("kind", ["push", "pull", "broadcast", "dense"])
+def test_horovods_thread_ends_while_python_begins_another_collective(kind):
+    """It needs no GIL for the tensors that it has, so it comes to an end, and the other collective is told so."""
+    script = ROOT / "tests" / "workers" / "leaving.py"
+    with separate_ranks(2, str(script), kind) as processes:
+        assert processes[0].stdout.readline() == "begun\n"
+        processes[1].kill()
+        output = processes[0].communicate(timeout=60)[0]
+    assert "told: Horovod has been shut down" in output, output
+
+
 def left_over(output):
     """Processes of a job that are still there."""
     processes = [int(number) for number in BEGUN.findall(output)]

@@ -117,7 +117,7 @@ class HorovodTransport:
         """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
         # hvd.allgather_object knows no process sets, and pickles.
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
+        handle = hvd.allgather_async(torch.tensor([len(own)], dtype=torch.int64), name=name + ".sizes", process_set=self._process_set)
         sizes = self._result(handle, name)
         everyones = self._result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]

@@ -133,7 +133,7 @@ class Session(Buckets[Handle]):
     def _await_who_takes_part(self) -> list[float]:
         handle, self._taking_part = self._taking_part, None
         assert handle is not None
-        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()  # type: ignore[no-any-return]
+        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
 
     def _note_who_takes_part(self) -> None:
         ranks, *frozen = self._await_who_takes_part()

@@ -149,7 +149,8 @@ class HorovodTransport:
         """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
         # hvd.allgather_object knows no process sets, and pickles.
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
+        length = torch.tensor([len(own)], dtype=torch.int64)
+        handle = hvd.allgather_async(length, name=name + ".sizes", process_set=self._process_set)
         sizes = self.result(handle, name)
         everyones = self.result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
@@ -160,7 +161,7 @@ class HorovodTransport:
 
     def begin_sum(self, tensor: Tensor, name: str) -> int | None:
         # In place, and of what an allreduce takes alone: ranks that have called hvd.join() take part with zeros.
-        return int(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set))
+        return self._begin(lambda: hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set), tensor)
 
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks.

@@ -2,6 +2,7 @@
 
 import os
 
+import binding  # noqa: F401
 import checks  # noqa: F401
 import life
 import mixed  # noqa: F401

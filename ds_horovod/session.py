@@ -300,7 +300,8 @@ class Session(Generic[Handle]):
         step = self._step
         if self.pipeline.in_flight or (step is not None and not step.flushed):
             raise RuntimeError(
-                "DoubleSqueeze: gradients are under way; errors can be taken over between optimizer.step() and backward() alone"
+                "DoubleSqueeze: gradients are under way; errors can be read or replaced between optimizer.step() and "
+                "backward() alone"
             )
 
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
@@ -344,7 +345,8 @@ class Session(Generic[Handle]):
         """Multiplies what is held of each parameter; before a bucket of the step has left."""
         self.restore_frozen()
         for bucket in self.buckets:
-            residual.rescale(bucket, change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
+            rates = [change.rates.get(name, 1.0) for name in bucket.names]
+            residual.rescale(bucket, change.scale, rates, self.units.scale)
         if self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self._frozen.update(p, self._bucket_of[p])

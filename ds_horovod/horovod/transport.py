@@ -103,7 +103,7 @@ class HorovodTransport:
             return
         often, last = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60), _number("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0)
         message = (
-            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(names)}: "
+            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(map(_with_call, names))}: "
             "another rank has not begun that, or cannot be reached"
         )
         if last and seconds > last:
@@ -117,7 +117,9 @@ class HorovodTransport:
         """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
         # hvd.allgather_object knows no process sets, and pickles.
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        handle = hvd.allgather_async(torch.tensor([len(own)], dtype=torch.int64), name=name + ".sizes", process_set=self._process_set)
+        handle = hvd.allgather_async(
+            torch.tensor([len(own)], dtype=torch.int64), name=name + ".sizes", process_set=self._process_set
+        )
         sizes = self._result(handle, name)
         everyones = self._result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
@@ -144,6 +146,23 @@ class HorovodTransport:
             self.waiting(time.perf_counter() - start, [name])
             time.sleep(_NAP)
         return self.wait(handle)
+
+
+_CALLS = {
+    r"doublesqueeze\.tensor\.(.+)\.(agreement|bucket0(\.\w+)*\.(push|pull))": r"allreduce(name='\1')",
+    r".*\.agreement": "the first step's comparison, of what ranks hold",
+    r".*\.name": "the optimizer's first step or first collective call",
+    r".*\.reset": "reset_errors()",
+    r".*\.state\..*": "broadcast_state()",
+    r".*\.bucket\d+\.(residual|velocity)": "full_state_dict()",
+    r".*\.residual": "change_compressor()",
+}
+
+
+def _with_call(name: str) -> str:
+    """The name of a collective, and the call of the user's that another rank has not made; gradients have none but step()."""
+    call = next((found.expand(call) for pattern, call in _CALLS.items() if (found := re.fullmatch(pattern, name))), None)
+    return name if call is None else f"{name} ({call})"
 
 
 def _number(variable: str, default: int) -> int:

@@ -219,7 +219,7 @@ class Reducer:
             require_agreement(everyones)
             session.restore_frozen()
             session.import_residual({}, session.step)
-        self._carried_over = {}
+        self._carried_over, self.loaded = {}, None
         self.velocities.load_state_dict({})
 
     def change(self, options: Options) -> None:

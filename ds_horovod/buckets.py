@@ -14,7 +14,6 @@ from .options import Options
 from .residual import Frozen, Residual
 from .selection import Plan, Selection
 from .step import Bucket
-from .units import Change
 
 
 class GroupTransport(Transport[Handle], Protocol[Handle]):
@@ -149,12 +148,6 @@ class Buckets(Generic[Handle]):
         self.selection = replace(self.selection, options=options)
         self._changes += 1
         self.adopt(self.sparse, self.fill(self.sparse))
-
-    def rescale(self, change: Change) -> None:
-        """Multiplies what is held of each parameter."""
-        self.restore_frozen()
-        for bucket in self.buckets:
-            residual.rescale(bucket, change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
 
     def restore_frozen(self) -> None:
         """What is held of frozen parameters lies with all the rest until the next step."""

@@ -199,7 +199,13 @@ class DoubleSqueeze:
 
         Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks, bit for bit. For one file that
         any number of ranks can load there is `full_state_dict`.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
         """
+        self._require_between_steps()
         return rank_state(self.options, self._reducer)
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -227,9 +233,12 @@ class DoubleSqueeze:
         Raises
         ------
         ValueError
-            The state is of another format, world size, rank or layout: which one, and what was expected. Nothing has
-            changed then.
+            The state is of another format, world size, rank or layout: which one, and what was expected. Or it is malformed,
+            or holds values that are not finite: where. Nothing has changed then.
+        RuntimeError
+            A step is under way.
         """
+        self._require_between_steps()
         if self._reducer is None:
             require_format(state, self.options, None)
             self._loaded = state
@@ -237,6 +246,10 @@ class DoubleSqueeze:
             load(self._reducer, state)
         else:
             self._reducer.load(state)
+
+    def _require_between_steps(self) -> None:
+        for session in [] if self._reducer is None else self._reducer.sessions:
+            session.require_between_steps()
 
     def broadcast_state(self, root_rank: int = 0) -> None:
         """Gives all ranks the state of one of them, as ``hvd.broadcast_optimizer_state`` does; all ranks call it.
@@ -257,6 +270,25 @@ class DoubleSqueeze:
             self._root_rank = root_rank
         else:
             broadcast(self._reducer, root_rank)
+
+    def reset_errors(self) -> None:
+        """Drops what waits to be sent, errors and velocities, on all ranks, which all call it between two steps.
+
+        For a step that is not taken because its gradients are absurd: what has not been sent of them would spoil the steps
+        after it. What had waited from earlier steps is lost too. After ``optimizer.synchronize()`` in place of
+        ``optimizer.step()``, where the averaged gradients, which are the same on all ranks, say so. ``max_norm`` keeps such
+        gradients out in the first place, and loses nothing that waits.
+
+        Raises
+        ------
+        ValueError
+            The ranks have taken different numbers of steps; or no optimizer uses the instance.
+        RuntimeError
+            A step is under way.
+        """
+        if not isinstance(self._reducer, Reducer):
+            raise ValueError("DoubleSqueeze: reset_errors is for an instance that an optimizer uses, and this one is not")
+        self._reducer.reset()
 
     def change_compressor(self, compressor: Compressor, server_compressor: Compressor | None = None) -> None:
         """Goes on with another compressor from the next step on; all ranks call it, between two steps.

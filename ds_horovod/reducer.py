@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .agreement import require_agreement
 from .buckets import GroupTransport
 from .checksum import checksums
 from .compressors import Compressor
@@ -17,7 +18,7 @@ from .residual import Residual
 from .selection import Selection
 from .session import Session
 from .uncompressed import Velocities
-from .units import Units
+from .units import Units, rescaled
 
 
 class Shared(NamedTuple):
@@ -177,7 +178,7 @@ class Reducer:
         if self.session is not None:
             self.session.rescale(change)
         for name, error in self._carried_over.items():  # which a snapshot may hold too
-            self._carried_over[name] = error * (change.scale * change.rates.get(name, 1.0))
+            self._carried_over[name] = rescaled(error.clone(), change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
     def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
@@ -218,6 +219,19 @@ class Reducer:
                 gradient += self._carried_over.pop(name).to(gradient.device)
 
     # ---- between two steps
+
+    def reset(self) -> None:
+        """Drops what waits; see `DoubleSqueeze.reset_errors`."""
+        session = self.session
+        if session is not None:
+            session.require_between_steps()
+            session.agree_on_name()
+            everyones = session.transport.gather_objects({"reset_errors() after step": session.step}, session.name + ".reset")
+            require_agreement(everyones)
+            session.restore_frozen()
+            session.import_residual({}, session.step)
+        self._carried_over, self._loaded = {}, None
+        self.velocities.load_state_dict({})
 
     def change(self, options: Options) -> None:
         """Goes on with other compressors, which take over the residuals; see `DoubleSqueeze.change_compressor`."""

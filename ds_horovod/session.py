@@ -13,7 +13,7 @@ from .buckets import Buckets, GroupTransport
 from .exchange import Handle
 from .options import Options
 from .pipeline import Pipeline
-from .residual import Residual
+from .residual import Residual, rescale
 from .selection import COMPRESSIBLE, Selection
 from .step import Bucket, Step, changed_too_early
 from .uncompressed import clip, require_dense
@@ -280,7 +280,8 @@ class Session(Buckets[Handle]):
         step = self._step
         if self.pipeline.in_flight or (step is not None and not step.flushed):
             raise RuntimeError(
-                "DoubleSqueeze: gradients are under way; errors can be taken over between optimizer.step() and backward() alone"
+                "DoubleSqueeze: gradients are under way; errors can be read or replaced between optimizer.step() and "
+                "backward() alone"
             )
 
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
@@ -294,8 +295,11 @@ class Session(Buckets[Handle]):
         self.started, self._hold_errors = False, True
 
     def rescale(self, change: Change) -> None:
-        """As `Buckets.rescale`; before a bucket of the step has left."""
-        super().rescale(change)
+        """Multiplies what is held of each parameter; before a bucket of the step has left."""
+        self.restore_frozen()
+        for bucket in self.buckets:
+            rates = [change.rates.get(name, 1.0) for name in bucket.names]
+            rescale(bucket, change.scale, rates, self.units.scale)
         if self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self.frozen.update(p, self.bucket_of[p])

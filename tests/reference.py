@@ -289,8 +289,10 @@ def quantize_encode(
             draw = torch.tensor(0.5)
             if format.stochastic:
                 draw = uniforms(format.seed, state, start + torch.arange(blocks.numel())).view(blocks.shape)
-            inverse = (torch.full_like(scale, format.levels) / scale).clamp_max(torch.finfo(torch.float32).max)
-            level = (flush(blocks.abs() * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
+            shrink = torch.where(scale > 2.0**100, 2.0**-30, 1.0)
+            inverse = (torch.full_like(scale, format.levels) / (scale * shrink)).clamp_max(torch.finfo(torch.float32).max)
+            small = flush(blocks.abs() * shrink[:, None])
+            level = (flush(small * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
             level = torch.where(finite[:, None], level, 0.0).copysign(blocks)
             first = piece.offset // format.block
             chunk = chunks[shard]

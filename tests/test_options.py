@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -462,3 +463,45 @@ def test_decompress_of_another_shape_or_dtype(values):
     message = f"decompress must return 100 floating-point values, got {values.dtype} {tuple(values.shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         exchange_with(Wrong(values=values))
+
+
+@pytest.mark.parametrize("kind", [TopK, RandomK])
+@pytest.mark.parametrize("ratio", [1, 10, np.int64(1), True, 10.0, "0.1", math.nan], ids=repr)
+def test_a_ratio_is_a_share(kind, ratio):
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: ratio must be .* got {re.escape(repr(ratio))}: a share, 0\.01 for 1 %"
+    ):
+        kind(ratio)
+    assert kind(1.0).ratio == 1.0 and kind(np.float64(0.5)) == kind(0.5)
+
+
+@pytest.mark.parametrize(
+    "make, plain",
+    [
+        (lambda n: TopK(k=n(3)), TopK(k=3)),
+        (lambda n: Quantize(n(2), n(64), seed=n(7)), Quantize(2, 64, seed=7)),
+        (lambda n: Ternary(n(64), seed=n(7)), Ternary(64, seed=7)),
+        (lambda n: OneBit(n(64)), OneBit(64)),
+        (lambda n: RandomK(0.1, seed=n(7)), RandomK(0.1, seed=7)),
+    ],
+)
+def test_integers_of_numpy_are_integers_and_bools_are_not(make, plain):
+    assert make(np.int64) == plain and repr(make(np.int32)) == repr(plain)
+    for other in (bool, np.bool_, float):
+        with pytest.raises(ValueError, match=f"{type(plain).__name__}: .* must be"):
+            make(other)
+
+
+def test_names_are_literals():
+    for kind, option, names in (
+        (TopK, "values", ("fp32", "fp16", "sign")),
+        (RandomK, "values", ("fp32", "fp16")),
+        (Quantize, "rounding", ("nearest", "stochastic")),
+        (Ternary, "scale", ("absmax", "l2")),
+        (OneBit, "granularity", ("block", "parameter", "bucket")),
+        (OneBit, "scale", ("l1", "l2")),
+        (Cast, "dtype", ("fp16", "bf16")),
+    ):
+        assert get_args(get_type_hints(kind)[option]) == names
+        with pytest.raises(ValueError, match=f"{option} must be one of .* got 1"):
+            kind(**{option: 1})

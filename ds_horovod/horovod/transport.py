@@ -135,7 +135,7 @@ class HorovodTransport:
             return
         often, last = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60), _number("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0)
         message = (
-            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(names)}: "
+            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(map(_with_call, names))}: "
             "another rank has not begun that, or cannot be reached"
         )
         if last and seconds > last:
@@ -188,6 +188,23 @@ def _has_ended() -> bool:
     """Whether Horovod's thread has ended, as it does when a rank has failed: there are no ranks any more."""
     ranks = (ctypes.c_int * hvd.size())()
     return bool(mpi_ops._basics.MPI_LIB_CTYPES.horovod_process_set_ranks(ctypes.c_int(0), ranks))
+
+
+_CALLS = {
+    r"doublesqueeze\.tensor\.(.+)\.(agreement|bucket0(\.\w+)*\.(push|pull))": r"allreduce(name='\1')",
+    r".*\.agreement": "the first step's comparison, of what ranks hold",
+    r".*\.name": "the optimizer's first step or first collective call",
+    r".*\.reset": "reset_errors()",
+    r".*\.state\..*": "broadcast_state()",
+    r".*\.bucket\d+\.(residual|velocity)": "full_state_dict()",
+    r".*\.residual": "change_compressor()",
+}
+
+
+def _with_call(name: str) -> str:
+    """The name of a collective, and the call of the user's that another rank has not made; gradients have none but step()."""
+    call = next((found.expand(call) for pattern, call in _CALLS.items() if (found := re.fullmatch(pattern, name))), None)
+    return name if call is None else f"{name} ({call})"
 
 
 def _number(variable: str, default: int) -> int:

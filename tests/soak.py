@@ -157,6 +157,7 @@ def recover(seed: int, forks: Path, folder: Path) -> list[dict]:
 def soak_elastic(arguments: argparse.Namespace) -> Counter:
     """As many recoveries as there is time for."""
     end = time.monotonic() + 60 * arguments.minutes
+    about = provenance(arguments)
     seeds, results, lock = iter(range(arguments.first_seed, 10**9)), [], threading.Lock()
     with tempfile.TemporaryDirectory() as folder:
         forks = Path(folder) / "forks"
@@ -172,7 +173,7 @@ def soak_elastic(arguments: argparse.Namespace) -> Counter:
                 of_job = recover(seed, forks, Path(folder))
                 with lock:
                     results.extend(of_job)
-                    write(arguments, Counter(f"{r['kind']}: {r['end']}" for r in results), results)
+                    write(arguments.json, about, Counter(f"{r['kind']}: {r['end']}" for r in results), results)
 
         with ThreadPoolExecutor(arguments.at_once) as pool:
             for done in [pool.submit(work) for _ in range(arguments.at_once)]:
@@ -183,11 +184,11 @@ def soak_elastic(arguments: argparse.Namespace) -> Counter:
     return ends
 
 
-def write(arguments: argparse.Namespace, ends: Counter, jobs: list[dict]) -> None:
-    if arguments.json:
+def write(file: Path | None, about: dict, ends: Counter, jobs: list[dict]) -> None:
+    if file:
         lines = ",\n".join(json.dumps(job) for job in jobs)
-        head = json.dumps({**provenance(arguments), "ends": ends}, indent=1, default=str)
-        arguments.json.write_text(f'{head[:-2]},\n "jobs": [\n{lines}\n]}}\n')
+        head = json.dumps({**about, "ends": ends}, indent=1, default=str)
+        file.write_text(f'{head[:-2]},\n "jobs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -206,7 +207,7 @@ def main() -> None:
     ends = Counter(job["end"] for job in jobs)
     seconds = sorted(job["until_all_ended_s"] for job in jobs)
     print(dict(ends), f"median {seconds[len(seconds) // 2]} s, longest {seconds[-1]} s until all others had ended")
-    write(arguments, ends, jobs)
+    write(arguments.json, provenance(arguments), ends, jobs)
     sys.exit("hang" in ends or any(job["checkpoint"] == "empty" for job in jobs))
 
 

@@ -81,7 +81,7 @@ class Job:
         script.chmod(0o755)
         fork = [sys.executable, "-I", "-S", str(ROOT / "tests" / "forking.py"), str(forks)]
         ranks = ["-np", str(len(HOSTS)), "--min-np", "1", "--max-np", str(len(HOSTS))]
-        options = ["--gloo", *ranks, "--network-interface", "lo", "--host-discovery-script", str(script)]
+        options = ["--gloo", *ranks, "--network-interfaces", "lo", "--host-discovery-script", str(script)]
         worker = [*fork, str(ROOT / "tests" / "workers" / "recovering.py"), kind]
         self.process = subprocess.Popen(
             [*fork, str(Path(sys.executable).parent / "horovodrun"), *options, *worker],

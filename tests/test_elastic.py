@@ -16,7 +16,7 @@ def elastic(tmp_path, script, *arguments, timeout=300):
     discovery.write_text(f"#!/bin/sh\ncat {hosts}\n")
     discovery.chmod(0o755)
     # One interface: of one host Horovod would look for those that hosts share, and wait for another host.
-    options = ["-np", "2", "--min-np", "1", "--max-np", "3", "--network-interface", "lo"]
+    options = ["-np", "2", "--min-np", "1", "--max-np", "3", "--network-interfaces", "lo"]
     return run_job(
         [*options, "--host-discovery-script", str(discovery), sys.executable, str(script), str(hosts), *arguments], timeout
     )

@@ -41,6 +41,48 @@ def test_two_steps_of_one_bucket_at_once_keep_the_law(compressor):
         assert_same_bits(torch.cat([torch.cat(step) for step in into]), torch.cat([torch.cat(step) for step in results[0]]))
 
 
+class Failing(InProcessTransport):
+    """A transport whose collectives fail from some moment on, as Horovod's do when a rank is gone."""
+
+    failed = False
+    begun = 0
+
+    def push(self, *arguments):
+        self.begun += 1
+        return super().push(*arguments)
+
+    def poll(self, handle):
+        return self.failed or super().poll(handle)
+
+    def wait(self, handle):
+        if self.failed:
+            raise ConnectionError("a rank is gone")
+        return super().wait(handle)
+
+
+def test_nothing_else_begins_in_a_step_in_which_something_has_failed():
+    transport = Failing.group(2)[0]
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in SHAPES]
+    squeeze = DoubleSqueeze(OneBit(32), min_numel=1, bucket_cap_mb=1e-6)
+    session = bind(squeeze, "failing", [(f"p{i}", p) for i, p in enumerate(parameters)], True, transport).session
+    session.started = True
+    for p in parameters:
+        p.grad = torch.ones(p.shape)
+        session.admit(p)
+    session.ready(parameters[0])
+    assert transport.begun == 1
+    transport.failed = True
+    for p in parameters[1:]:
+        with pytest.raises(ConnectionError):
+            session.ready(p)
+    for p in parameters:  # not the gradient that has not been averaged
+        with pytest.raises(ConnectionError):
+            session.finish(p)
+    assert transport.begun == 1
+    session.cancel()  # the next step
+    assert not session.pipeline.in_flight
+
+
 # ---- transports that match collectives by their order
 
 

@@ -55,6 +55,7 @@ def test_horovods_thread_ends_while_python_begins_another_collective(kind):
     script = ROOT / "tests" / "workers" / "leaving.py"
     with separate_ranks(2, str(script), kind) as processes:
         assert processes[0].stdout.readline() == "begun\n"
+        time.sleep(1)  # until Python has the GIL again
         processes[1].kill()
         output = processes[0].communicate(timeout=60)[0]
     assert "told: Horovod has been shut down" in output, output

@@ -263,3 +263,16 @@ def test_a_file_without_a_place():
     without = workers(2, worker_error=False, server_error=False).squeezes[0]
     with pytest.raises(ValueError, match="holds errors, but neither worker_error nor server_error is on"):
         without.load_state_dict({**state, "velocities": {}})
+
+
+def test_names_of_collectives_are_new_where_a_rank_has_failed():
+    reducer = workers(2).squeezes[0]._reducer
+    names = []
+    for era in ("", "1f", "2e", ""):
+        reducer.rebind(InProcessTransport.group(2)[0], reducer.snapshot(), era)
+        names.append([reducer.name, *(bucket.exchange.name for bucket in reducer.session.buckets)])
+    first, second, third, fourth = names
+    assert not set(first) & set(second) and not set(second) & set(third) and fourth == third
+    assert all(name.startswith(f"{first[0]}.1f") for name in second) and all(
+        name.startswith(f"{first[0]}.2e") for name in third
+    )

@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import horovod
@@ -243,7 +243,8 @@ def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list
     if isinstance(groups, int) and groups > 0:
         return [part for part in split_list(trained, groups) if part]
     name_of = {p: name for name, p in parameters}
-    members = [p for group in groups for p in group] if isinstance(groups, list) else [None]
+    lists = isinstance(groups, list) and all(isinstance(group, Iterable) for group in groups)
+    members = [p for group in groups for p in group] if lists else [None]
     if any(not isinstance(p, Tensor) or p not in name_of for p in members) or len(set(members)) < len(members):
         raise ValueError(
             "DoubleSqueeze: groups must be a number of groups, 0 or more, or a list of lists of the optimizer's parameters, "
@@ -256,7 +257,7 @@ def _shown(groups: Any, name_of: Mapping[Tensor, str]) -> str:
     """Groups for an error: parameters by their names, other tensors by their shapes."""
     if isinstance(groups, Tensor):
         return name_of.get(groups, f"a tensor of shape {tuple(groups.shape)}")
-    if isinstance(groups, (list, tuple)):
+    if isinstance(groups, Iterable) and not isinstance(groups, str):
         return f"[{', '.join(_shown(group, name_of) for group in groups)}]"
     return repr(groups)
 

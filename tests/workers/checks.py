@@ -913,6 +913,8 @@ def refusals_at_bind():
     for groups in (-1, 2.0, "ab", [weight], [[weight, weight]], [[weight], [weight]], [[torch.zeros(3)]]):
         with raises(ValueError, "groups"):
             distributed(model, DoubleSqueeze, groups=groups)
+    with raises(ValueError, "got [[0.weight], [a tensor of shape (3, 2)], 7]"):
+        distributed(model, DoubleSqueeze, groups=[[weight], [torch.zeros(3, 2)], 7])
     with raises(ValueError, "Adasum"):
         distributed(model, DoubleSqueeze, op=hvd.Adasum)
     with raises(ValueError, "server must be one of the ranks 0, 1", "got 99"):

@@ -47,6 +47,8 @@ state = hvd.elastic.TorchState(
     model=model, optimizer=optimizer, compression=compression,
     step=0, stage=0, steps_of_stage=0, arrived=dict(zeros), total=dict(zeros),
 )  # fmt: skip
+names = set()
+"""With which names of collectives have begun, here."""
 committed = dict(zeros)
 """The residual of this rank at the last commit."""
 
@@ -104,6 +106,9 @@ def train(state):
     look_after_a_change()
     while True:
         train_step()
+        if state.steps_of_stage == 0:
+            assert compression._reducer.name not in names, names  # Horovod may still have a tensor of that name
+            names.add(compression._reducer.name)
         state.step += 1
         state.steps_of_stage += 1
         if state.steps_of_stage >= STEPS:

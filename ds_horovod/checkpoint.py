@@ -99,14 +99,11 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
     """Takes back what `rank_state` or `full_state` gave of an optimizer; raises as `DoubleSqueeze.load_state_dict` does."""
     require_format(state, reducer.options, reducer.place)
     session, options = reducer.session, reducer.options
-    loaded = Loaded("a state_dict()", of_all=False)
+    description, errors = "a state_dict()", None
     if not is_of_one_rank(state):
         tensors = [(f"{kind}.{name}", tensor) for kind in ("errors", "velocities") for name, tensor in state[kind].items()]
-        loaded = Loaded(
-            f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}",
-            of_all=True,
-            errors=dict(state["errors"]) if options.server_error and not options.worker_error else None,
-        )
+        description = f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}"
+        errors = dict(state["errors"]) if options.server_error and not options.worker_error else None
         require_fits(state, reducer.parameters, reducer.selection)
         residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
         reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"])
@@ -120,7 +117,7 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         session.adopt(sparse, buckets, hold_errors=True)
         reducer.velocities.load_state_dict(state["velocities"])
     reducer.units.load_state_dict(state["units"])
-    reducer.loaded = loaded
+    reducer.loaded = Loaded(description, reducer.steps, not is_of_one_rank(state), errors)
 
 
 def is_of_one_rank(state: Mapping[str, Any]) -> bool:

@@ -241,20 +241,13 @@ class DoubleSqueeze:
     def broadcast_state(self, root_rank: int = 0) -> None:
         """Gives all ranks the state of one of them, as ``hvd.broadcast_optimizer_state`` does; all ranks call it.
 
-        What one rank has loaded since its last step, as from a file of `full_state_dict`, becomes every rank's, as if all had
-        loaded it. Otherwise the rank's own errors and velocities are divided among all. What other ranks hold is replaced.
-        Before the optimizer is made, it says what making it begins with.
-
-        Parameters
-        ----------
-        root_rank
-            The rank, as `hvd.rank` counts; of the optimizer's process set.
+        A `full_state_dict` that it has loaded since its last step is as if all had loaded it. Otherwise its own errors and
+        velocities are divided among all. Before the optimizer is made, it says what making it begins with.
 
         Raises
         ------
         ValueError
-            The rank is none of these, or not the same on all ranks; its state does not fit the parameters; the instance is
-            that of tensors outside an optimizer.
+            No such rank is in the optimizer's process set, or ranks name different ones; the state does not fit.
         RuntimeError
             A step is under way.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic
 
 from torch import Tensor
@@ -16,6 +17,8 @@ _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 
 class Pipeline(Generic[Handle]):
     """Polls and drains the exchanges of an optimizer, of one step or of several.
+
+    Once one has failed, as where a rank is gone, all have, and nothing else may begin before `cancel`.
 
     Parameters
     ----------
@@ -31,20 +34,33 @@ class Pipeline(Generic[Handle]):
         self._transport = transport
         self._totals = totals
         self._done: list[Exchange[Handle]] = []  # whose destinations the current stream may not read yet
+        self._failure: BaseException | None = None
 
     def add(self, work: InFlight[Handle]) -> None:
         """Takes over an exchange that has begun."""
         self.in_flight.append(work)
 
     def poll(self) -> None:
-        """Does what can be done without waiting."""
-        stages = sys.maxsize
-        for work in self.in_flight:
-            if work.poll(stages):
-                self._done.append(work.exchange)
-            elif self._transport.in_order:
-                stages = min(stages, work.stage)
-        self.in_flight = [work for work in self.in_flight if not work.done]
+        """Does what can be done without waiting. Raises what has failed, then and later."""
+        with self._unless_failed():
+            stages = sys.maxsize
+            for work in self.in_flight:
+                if work.poll(stages):
+                    self._done.append(work.exchange)
+                elif self._transport.in_order:
+                    stages = min(stages, work.stage)
+            self.in_flight = [work for work in self.in_flight if not work.done]
+
+    @contextlib.contextmanager
+    def _unless_failed(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            self.in_flight.clear()  # there is nothing to wait for
+            raise
 
     def settle(self, skipped: bool) -> None:
         """Goes on with what is held; see `InFlight.settle`."""
@@ -60,11 +76,7 @@ class Pipeline(Generic[Handle]):
         """
         start = time.perf_counter()
         passes = self._totals.pass_seconds
-        try:
-            self._nap_until_done(self._polled)
-        except BaseException:
-            self.in_flight.clear()  # a collective has failed: there is nothing to wait for
-            raise
+        self._nap_until_done(self._polled)
         for exchange in self._done:
             exchange.streams.wait_for_side()
         self._done.clear()
@@ -73,7 +85,8 @@ class Pipeline(Generic[Handle]):
     def wait_for(self, handle: Handle, name: str) -> Tensor:
         """What has arrived of one more collective; polls the exchanges meanwhile."""
         self._nap_until_done(lambda: [] if self._transport.poll(handle) else [name, *self._polled()])
-        return self._transport.wait(handle)
+        with self._unless_failed():
+            return self._transport.wait(handle)
 
     def _polled(self) -> list[str]:
         """The names of the collectives that are pending."""
@@ -85,13 +98,15 @@ class Pipeline(Generic[Handle]):
         told = 0.0
         while names := pending():
             waited = time.perf_counter() - start
-            if waited > told + 1.0:
-                told = waited
-                self._transport.waiting(waited, names)
-            time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
+            with self._unless_failed():
+                if waited > told + 1.0:
+                    told = waited
+                    self._transport.waiting(waited, names)
+                time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
 
     def cancel(self) -> None:
         """Leaves all destinations alone, and returns when nothing is under way."""
+        self._failure = None
         for work in self.in_flight:
             work.cancelled = True
         self.drain()

@@ -42,10 +42,12 @@ class Snapshot(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The state that an optimizer has loaded before its next step."""
+    """A state that an optimizer has loaded, and taken no step since."""
 
     description: str
     """By which ranks tell whether it is the same one."""
+    step: int
+    """Of the state."""
     of_all: bool
     """Whether it is what all ranks hold together, of which each took its part."""
     errors: dict[str, Tensor] | None = None
@@ -96,7 +98,7 @@ class Reducer:
         self.units = Units(options.grad_scaler, options.lr_aware)
         self.velocities = Velocities(options.momentum)
         self._all_parameters = list(parameters)
-        self._name = name
+        self._name = self._first_name = name
         self._average = average
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
         self._steps_carried_over = 0
@@ -106,12 +108,11 @@ class Reducer:
         self.transport = transport
         self.session: Session[Any] | None = None
         """The exchange; None for one rank, which has nobody to exchange with."""
-        self.loaded: Loaded | None = None
-        """What has been loaded since the last step."""
+        self._loaded: Loaded | None = None
         if transport.size > 1:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
-                self._name, self.parameters, self.selection, weight, transport, self.units, True, self._more_to_compare
+                self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare
             )
         else:
             self._name_alone = transport.unique_name(self._name)
@@ -119,10 +120,19 @@ class Reducer:
     def _more_to_compare(self) -> dict[str, Any]:
         """Parts of the state of training that must be the same on all ranks when they begin."""
         return {
-            "loaded state": "none" if self.loaded is None else self.loaded.description,
+            "loaded state": self.loaded.description if self.loaded else "none",
             "velocities": checksums(self.velocities.state_dict().items()),
             "weights": checksums(self._all_parameters),
         }
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What has been loaded since the last step."""
+        return self._loaded if self._loaded and self._loaded.step == self.steps else None
+
+    @loaded.setter
+    def loaded(self, loaded: Loaded) -> None:
+        self._loaded = loaded
 
     @property
     def name(self) -> str:
@@ -159,8 +169,8 @@ class Reducer:
         rates
             The learning rate of each parameter, by name.
         """
-        if self.session is None or self.session.started:
-            self.loaded = None
+        if self.loaded is None:
+            self._loaded = None  # its errors need not stay in memory
         change = self.units.begin_step(rates)
         if change is None:
             return
@@ -269,12 +279,24 @@ class Reducer:
         compressors = self.options.compressor, self.options.server_compressor
         return Snapshot(self.residuals(), Shared(compressors, self.steps, sparse, velocities, self.units.state_dict()))
 
-    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot) -> None:
+    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot, era: str = "") -> None:
         """Goes on among other ranks, with what this one has held before; all of them call it.
 
         The residuals of the ranks that are still there are those of all from now on.
+
+        Parameters
+        ----------
+        transport
+            To the other ranks.
+        snapshot
+            What this rank has held, and all hold.
+        era
+            Part of names that no rank has ever used: of a collective that began when a rank failed, Horovod may keep the name
+            and the tensor. Empty: as before.
         """
         residuals, shared = snapshot
+        if era:
+            self._name = f"{self._first_name}.{era}"
         compressor, server_compressor = shared.compressors
         options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
         self.selection = replace(self.selection, options=options)

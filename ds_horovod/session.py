@@ -30,12 +30,13 @@ class Session(Buckets[Handle]):
 
     Parameters
     ----------
-    name, parameters, selection, weight, transport, own_name
+    name, parameters, selection, weight, transport
         As for `Buckets`.
     units
         Of the gradients.
     more_to_compare
-        What ranks compare before their first exchange beside what `describe` says.
+        Of an optimizer: what ranks compare before their first exchange beside what `describe` says. The name is but a prefix
+        then, of one that the ranks agree on, since they may have made unequal numbers of optimizers.
     """
 
     def __init__(
@@ -46,8 +47,7 @@ class Session(Buckets[Handle]):
         weight: float,
         transport: GroupTransport[Handle],
         units: Units | None = None,
-        own_name: bool = False,
-        more_to_compare: Callable[[], Mapping[str, Any]] = dict,
+        more_to_compare: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.units = Units() if units is None else units
         self.admitted = 0
@@ -67,7 +67,7 @@ class Session(Buckets[Handle]):
         self._frozen_everywhere: set[Tensor] = set()
         self._taking_part: Handle | None = None  # the sum of who takes part, under way
         self._step: Step[Handle] | None = None
-        super().__init__(name, parameters, selection, weight, transport, own_name)
+        super().__init__(name, parameters, selection, weight, transport, own_name=more_to_compare is not None)
         self.pipeline = Pipeline(transport, self.totals)
 
     @property
@@ -98,7 +98,7 @@ class Session(Buckets[Handle]):
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
         if self.covers(p):
-            self._require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
+            _require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -130,9 +130,13 @@ class Session(Buckets[Handle]):
         checks_values = self.options.max_norm is None and not self.started
         return Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values)
 
-    def _note_who_takes_part(self, total: Tensor) -> None:
-        self._taking_part = None
-        ranks, *frozen = total.tolist()
+    def _await_who_takes_part(self) -> list[float]:
+        handle, self._taking_part = self._taking_part, None
+        assert handle is not None
+        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
+
+    def _note_who_takes_part(self) -> None:
+        ranks, *frozen = self._await_who_takes_part()
         self._frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
         self.complete = ranks == self.transport.size
         if not self.complete and self.options.momentum:
@@ -158,13 +162,6 @@ class Session(Buckets[Handle]):
         rows = torch.empty(1, 0, dtype=torch.int64, device=p.device)
         return torch.sparse_coo_tensor(rows, p.new_empty((0, *p.shape[1:])), p.shape)
 
-    def _require_dtype(self, name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
-        if dtype not in COMPRESSIBLE or dtype != of_bucket:
-            raise ValueError(
-                f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
-                "be compressed; convert the model, as model.double() does, before making the optimizer"
-            )
-
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
         assert self._step is not None
@@ -175,7 +172,7 @@ class Session(Buckets[Handle]):
     def poll(self) -> None:
         """Does what can be done without waiting."""
         if self._taking_part is not None and self.transport.poll(self._taking_part):
-            self._note_who_takes_part(self.transport.wait(self._taking_part))
+            self._note_who_takes_part()
         self.pipeline.poll()
 
     def flush(self) -> None:
@@ -195,7 +192,7 @@ class Session(Buckets[Handle]):
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
         if self._taking_part is not None:
-            self._note_who_takes_part(self.pipeline.wait_for(self._taking_part, self.name + ".ranks"))
+            self._note_who_takes_part()
         if not self.started:
             self._agree()
         if self.options.max_norm is not None:
@@ -208,7 +205,7 @@ class Session(Buckets[Handle]):
     def _agree(self) -> None:
         """In the first step: the ranks compare what they hold, and learn what only some of them have seen."""
         self.agree_on_name()
-        own = {**describe(self), **self._more_to_compare()}
+        own = describe(self) | dict(self._more_to_compare() if self._more_to_compare else {})
         own["unknown"] = sorted(self._names[p] for p in self.unknown)
         own["frozen"] = sorted(self._names[p] for p in self._frozen_everywhere)
         everyones = self.transport.gather_objects(own, self.name + ".agreement")
@@ -266,16 +263,15 @@ class Session(Buckets[Handle]):
 
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
-        if self._taking_part is not None:
-            self.pipeline.wait_for(self._taking_part, self.name + ".ranks")
-            self._taking_part = None
         self.pipeline.cancel()
+        if self._taking_part is not None:
+            self._await_who_takes_part()
         self._step = None
 
     def drop(self) -> None:
         """Drops the step under way without waiting for other ranks, which may not take part any more."""
         self.pipeline.in_flight.clear()
-        self._step = None
+        self._step = self._taking_part = None
 
     # ---- between two steps
 
@@ -303,6 +299,14 @@ class Session(Buckets[Handle]):
         if self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self.frozen.update(p, self.bucket_of[p])
+
+
+def _require_dtype(name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
+    if dtype not in COMPRESSIBLE or dtype != of_bucket:
+        raise ValueError(
+            f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
+            "be compressed; convert the model, as model.double() does, before making the optimizer"
+        )
 
 
 WAYS_OUT = {

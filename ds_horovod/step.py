@@ -109,6 +109,7 @@ class Step(Generic[Handle]):
             bucket = next(iter(self._missing), bucket) if self._in_order else bucket
 
     def _launch(self, bucket: Bucket[Handle]) -> None:
+        self._pipeline.poll()  # nothing may begin where something has failed
         gradients = [self.gradients[p] for p in bucket.parameters]
         device = bucket.exchange.device
         for name, gradient in zip(bucket.names, gradients, strict=True):

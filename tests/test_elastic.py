@@ -5,6 +5,7 @@ import sys
 import pytest
 from horovod_jobs import ROOT, run_job
 
+pytestmark = pytest.mark.jobs
 WORKERS = ROOT / "tests" / "workers"
 
 

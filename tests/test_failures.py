@@ -12,6 +12,7 @@ import pytest
 import torch
 from horovod_jobs import ROOT, run_job, separate_ranks
 
+pytestmark = pytest.mark.jobs
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
 BEGUN = re.compile(r"rank \d+: process (\d+)")
 PHASES = ["push", "serve", "decode", "dense", "agreement", "sum"]
@@ -27,11 +28,11 @@ def assert_loads(file):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
     file = tmp_path / "state.pt"
-    with separate_ranks(ranks, SCRIPT, "1000", "--at", phase, "--checkpoint", str(file)) as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert processes[-1].returncode == -signal.SIGKILL
-        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
-            assert process.returncode == 7 and "HorovodInternalError" in output, output
+    with separate_ranks(ranks, SCRIPT, "1000", "--at", phase, "--checkpoint", str(file)) as started:
+        *others, killed = [rank.wait(120) for rank in started]
+        assert killed == -signal.SIGKILL
+        for code, output in zip(others, [rank.output for rank in started[:-1]], strict=True):
+            assert code == 7 and "HorovodInternalError" in output, output
             step = 0 if phase == "agreement" else 2
             assert f"at step {step}" in output or f"at step {step + 1}" in output, output
     assert_loads(file)
@@ -40,12 +41,23 @@ def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
 @pytest.mark.parametrize("server, phase", [(2, "push"), (2, "serve"), (2, "decode"), (0, "push"), (0, "decode")])
 def test_a_killed_server_or_worker_of_one_server_surfaces_too(server, phase):
     """The last rank dies, which is the server or not: alltoall and broadcast fail like alltoall and allgather."""
-    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--server", str(server)) as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert processes[-1].returncode == -signal.SIGKILL
-        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
-            assert process.returncode == 7 and "HorovodInternalError" in output, output
+    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--server", str(server)) as started:
+        *others, killed = [rank.wait(120) for rank in started]
+        assert killed == -signal.SIGKILL
+        for code, output in zip(others, [rank.output for rank in started[:-1]], strict=True):
+            assert code == 7 and "HorovodInternalError" in output, output
             assert "at step 2" in output or "at step 3" in output, output
+
+
+@pytest.mark.parametrize("kind", ["push", "pull", "broadcast", "dense"])
+def test_horovods_thread_ends_while_python_begins_another_collective(kind):
+    """It needs no GIL for the tensors that it has, so it comes to an end, and the other collective is told so."""
+    script = ROOT / "tests" / "workers" / "leaving.py"
+    with separate_ranks(2, str(script), kind) as processes:
+        assert processes[0].stdout.readline() == "begun\n"
+        processes[1].kill()
+        output = processes[0].communicate(timeout=60)[0]
+    assert "told: Horovod has been shut down" in output, output
 
 
 def left_over(output):

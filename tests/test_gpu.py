@@ -9,7 +9,6 @@ Under NVIDIA's checkers, without the largest tests::
 
 import math
 
-import horovod.torch as hvd
 import pytest
 import torch
 from support import assert_same_bits, generator, spread
@@ -193,9 +192,11 @@ def test_exchange_of_several_steps(pusher, server, bad):
     compare(f"{pusher}, {server}", run)
 
 
-@pytest.mark.skipif(not hvd.cuda_built(), reason="this Horovod was built without CUDA")
+@pytest.mark.jobs
 def test_two_processes_on_one_gpu():
     """Through Horovod's operations on the CPU."""
     from horovod_jobs import ROOT, horovodrun
 
+    if not pytest.importorskip("horovod.torch").cuda_built():
+        pytest.skip("this Horovod was built without CUDA")
     assert horovodrun(2, str(ROOT / "tests" / "workers" / "one_gpu.py")).count("one gpu: ok") == 2

@@ -56,6 +56,7 @@ CONTENTS = {
     "heavy tails": lambda numel, dtype, g: torch.randn(numel, generator=g) ** 7,
     "beyond half": lambda numel, dtype, g: torch.randn(numel, generator=g) * 60000,
     "sums overflow": lambda numel, dtype, g: (torch.rand(numel, generator=g) * 2 - 1) * torch.finfo(dtype).max,
+    "largest floats": lambda numel, dtype, g: torch.randint(-1, 2, (numel,), generator=g) * torch.finfo(dtype).max,
     "not finite": not_finite,
 }
 

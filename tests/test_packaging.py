@@ -9,6 +9,8 @@ import zipfile
 import pytest
 from horovod_jobs import ROOT
 
+pytestmark = [pytest.mark.jobs, pytest.mark.xdist_group("packaging")]  # built once
+
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):

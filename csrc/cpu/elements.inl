@@ -31,8 +31,8 @@ struct Terms {
     // Restores error and velocity, up to rounding, after v and the new velocity have been stored in their places.
     void roll_back(int64_t i) const {
         const float own = to_float(g[i]);
-        e[i] -= u ? u[i] : own;
-        if (u) u[i] = (u[i] - own) / momentum;
+        e[i] = limited(e[i] - (u ? u[i] : own), float_of(kMaxFinite));  // rounding may take it past the largest
+        if (u) u[i] = limited((u[i] - own) / momentum, float_of(kMaxFinite));
     }
 };
 

@@ -166,7 +166,7 @@ struct QuantizedBlock {
             *step = float_of(kNaN);
             return;
         }
-        *step = s / levels;
+        *step = std::min(s / levels, widest_step(levels));  // what readers make of the outermost level must be finite
         const float inverse = std::min(levels / s, float_of(kMaxFinite));
         const F8 by = splat(inverse), width = splat(*step), most = splat(levels);
         F8 r[8];

@@ -168,7 +168,7 @@ __device__ inline void encode_block(const Quantize& format, const Team& team, co
     const float scale = L2 ? norm_of(format, team, values, scratch) : largest_of(team, largest, scratch);
     if (!count) return;
     const bool finite = scale <= float_of(kMaxFinite);
-    const float levels = float(kLevels), step = flush(scale / levels), by = fminf(levels / scale, float_of(kMaxFinite));
+    const float levels = float(kLevels), step = fminf(flush(scale / levels), widest_step(levels)), by = fminf(levels / scale, float_of(kMaxFinite));
     const i64 block = block_of(format, team.inside);
     if (team.leads()) *step_in(chunk, block) = finite ? step : float_of(kNaN);
     if (!finite) return;

@@ -59,6 +59,12 @@ DS_FUNCTION float largest_of(const float*) { return float_of(kMaxFinite); }
 DS_FUNCTION float largest_of(const Half*) { return 65504.f; }
 DS_FUNCTION float largest_of(const BFloat16*) { return float_of(0x7f7f0000u); }
 
+// The widest step of which so many fit a float.
+DS_FUNCTION float widest_step(float levels) {
+    const float step = float_of(kMaxFinite) / levels;
+    return bits_of(step * levels) > kMaxFinite ? float_of(bits_of(step) - 1) : step;
+}
+
 }  // namespace
 
 #endif

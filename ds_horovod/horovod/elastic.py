@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import weakref
 
 import horovod.torch as hvd
@@ -44,8 +45,9 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
         of_all = not self._restored and reducer.loaded is not None and reducer.loaded.of_all
         loaded = full_state_of_one(reducer) if of_all and hvd.rank() == 0 else None
         # It pickles, as Horovod's elastic states do on their way from rank 0 anyway: newcomers need compressors of any class.
-        shared, loaded = hvd.broadcast_object((own.shared, loaded), root_rank=0, name="doublesqueeze.elastic")
-        reducer.rebind(HorovodTransport(reducer.options.server), own._replace(shared=shared))
+        everyones = own.shared, loaded, secrets.token_hex(4)
+        shared, loaded, era = hvd.broadcast_object(everyones, root_rank=0, name="doublesqueeze.elastic")
+        reducer.rebind(HorovodTransport(reducer.options.server), own._replace(shared=shared), era)
         if loaded is not None:
             load(reducer, loaded)
         self.save()

@@ -6,6 +6,7 @@ are extended, for a DoubleSqueeze only; every other compression runs through the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -13,12 +14,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod
 import horovod.torch as hvd
 import torch
 from horovod.common.util import split_list
+from horovod.torch import mpi_ops
 from horovod.torch import optimizer as stock
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
 from ..uncompressed import clip
 from .elastic import require_handler
-from .transport import HorovodTransport, require_horovod_for
+from .transport import HorovodTransport, pin, require_horovod_for
 
 _SUPPORTED = "0.28.1"
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
@@ -56,10 +58,12 @@ def install() -> None:
         "_DistributedAdasumOptimizer.__init__": [
             "self", "params", "named_parameters", "compression", "backward_passes_per_step",
         ],
+        "_alltoall_async": ["tensor", "splits", "output", "output_received_splits", "name", "process_set"],
+        "_allgather_async": ["tensor", "output", "name", "process_set"],
     }  # fmt: skip
     for path, parameters in expected.items():
-        class_name, method_name = path.split(".")
-        method = getattr(getattr(stock, class_name, None), method_name, None)
+        class_name, _, method_name = path.rpartition(".")
+        method = getattr(getattr(stock, class_name, None) if class_name else mpi_ops, method_name, None)
         if method is None or list(inspect.signature(method).parameters) != parameters:
             raise ImportError(
                 f"ds_horovod supports Horovod {_SUPPORTED}; in the installed {horovod.__version__} {path} is another one. "
@@ -146,7 +150,7 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
     if process_set.included() and process_set.size() > 1:
         require_horovod_for(p.device for _, p in parameters if p.requires_grad)
     grouped = _named_groups(groups, parameters)
-    self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p))
+    self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p), lambda sent: _wait_for_dense(self, sent))
     self._double_squeeze_lock = threading.RLock()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
     self._double_squeeze_averaged = {}  # identities of gradients, by parameter
@@ -243,9 +247,18 @@ def _named_groups(groups: Any, parameters: Sequence[tuple[str, Tensor]]) -> list
     if any(not isinstance(p, Tensor) or p not in name_of for p in members) or len(set(members)) < len(members):
         raise ValueError(
             "DoubleSqueeze: groups must be a number of groups, 0 or more, or a list of lists of the optimizer's parameters, "
-            f"each at most once; got {groups!r}"
+            f"each at most once; got {_shown(groups, name_of)}"
         )
     return [[name_of[p] for p in group] for group in groups if group]
+
+
+def _shown(groups: Any, name_of: Mapping[Tensor, str]) -> str:
+    """Groups for an error: parameters by their names, other tensors by their shapes."""
+    if isinstance(groups, Tensor):
+        return name_of.get(groups, f"a tensor of shape {tuple(groups.shape)}")
+    if isinstance(groups, (list, tuple)):
+        return f"[{', '.join(_shown(group, name_of) for group in groups)}]"
+    return repr(groups)
 
 
 def _warn_of_nothing_to_compress(reducer: Reducer) -> None:
@@ -271,42 +284,65 @@ def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
             return
 
 
+class _Sent(NamedTuple):
+    """A gradient on Horovod's own path."""
+
+    name: str
+    handle: Any
+    """Horovod's; of a sparse gradient a function that waits."""
+    copied_from: Tensor | None
+    """The gradient, where a copy of it was sent."""
+    pinned: Tensor
+    """What keeps the tensor that was sent; see `pin`."""
+
+
 class _DenseGradients:
     """The gradients of one optimizer that are not compressed, in one step.
 
     Small ones, and all that are to be clipped, wait for the end of backward: they leave together, and Horovod fuses them. One
-    after the other, each small one would cost as much latency as a large one.
+    after the other, each small one would cost as much latency as a large one. Once one has failed, no other leaves in this
+    step: Horovod is ending then.
 
     Parameters
     ----------
     send
-        Sends the gradient of a parameter, and returns a handle.
+        Sends the gradient of a parameter.
+    wait
+        Returns the aggregated gradient, once it is there.
     """
 
-    def __init__(self, send: Callable[[Tensor], Any]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[Tensor], _Sent], wait: Callable[[_Sent], Tensor]) -> None:
+        self._send, self._wait_for = send, wait
         self._waiting: dict[Tensor, None] = {}
-        self._handles: dict[Tensor, Any] = {}
+        self._under_way: dict[Tensor, _Sent] = {}
         self._results: dict[Tensor, Tensor] = {}
+        self._failure: Exception | None = None
+        # Of a step that failed or was dropped, until the next: Horovod may still have these tensors.
+        self._dropped: list[_Sent] = []
 
     def add(self, p: Tensor, late: bool) -> None:
         """Sends a gradient now, or once backward has ended."""
-        if late:
-            self._waiting[p] = None
-        else:
-            self._handles[p] = self._send(p)
+        with self._unless_failed():
+            if late:
+                self._waiting[p] = None
+            else:
+                self._under_way[p] = self._send(p)
 
     def __contains__(self, p: object) -> bool:
-        return p in self._waiting or p in self._handles or p in self._results
+        return p in self._waiting or p in self._under_way or p in self._results
 
     def flush(self) -> None:
         """Backward has ended."""
-        self._handles.update((p, self._send(p)) for p in self._waiting)
+        if self._waiting:
+            for p in [p for p, sent in self._under_way.items() if not callable(sent.handle) and hvd.poll(sent.handle)]:
+                self._wait(p)
+        with self._unless_failed():
+            self._under_way.update((p, self._send(p)) for p in self._waiting)
         self._waiting.clear()
 
     def are_finite(self) -> bool:
         """Whether all aggregated gradients are finite; waits for them."""
-        results = [self._wait(p) for p in [*self._handles, *self._results]]
+        results = [self._wait(p) for p in [*self._under_way, *self._results]]
         return all(bool(_values(result).isfinite().all()) for result in results)
 
     def result(self, p: Tensor) -> Tensor:
@@ -315,16 +351,29 @@ class _DenseGradients:
         return self._results.pop(p)
 
     def _wait(self, p: Tensor) -> Tensor:
-        if p in self._handles:
-            handle = self._handles.pop(p)
-            self._results[p] = handle() if callable(handle) else hvd.synchronize(handle)
+        if p in self._under_way:
+            with self._unless_failed():
+                self._results[p] = self._wait_for(self._under_way[p])
+            del self._under_way[p]
         return self._results[p]
+
+    @contextlib.contextmanager
+    def _unless_failed(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except Exception as error:
+            self._failure = error
+            raise
 
     def forget(self) -> None:
         """Drops the step."""
+        self._dropped = list(self._under_way.values())
         self._waiting.clear()
-        self._handles.clear()
+        self._under_way.clear()
         self._results.clear()
+        self._failure = None
 
 
 def reducer_of_optimizer(self: Any) -> Reducer | None:
@@ -513,15 +562,23 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
     return zero_grad
 
 
-def _send_dense(self: Any, p: Tensor) -> Any:
+def _send_dense(self: Any, p: Tensor) -> _Sent:
     """Sends a gradient on Horovod's own path; by way of a copy what that refuses: bfloat16, or not contiguous."""
-    gradient = p.grad
+    gradient, name = p.grad, self._parameter_names[p]
     assert gradient is not None
     if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
-        return _stock_allreduce(self, p)[0]
-    copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype)
-    handle = hvd.allreduce_async_(copy.contiguous(), name=self._parameter_names[p], op=self.op, process_set=self.process_set)
-    return lambda: gradient.copy_(hvd.synchronize(handle))
+        pinned = pin(gradient)
+        return _Sent(name, _stock_allreduce(self, p)[0], None, pinned)
+    copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype).contiguous()
+    pinned = pin(copy)
+    return _Sent(name, hvd.allreduce_async_(copy, name=name, op=self.op, process_set=self.process_set), gradient, pinned)
+
+
+def _wait_for_dense(self: Any, sent: _Sent) -> Tensor:
+    if callable(sent.handle):
+        return sent.handle()  # type: ignore[no-any-return]
+    result: Tensor = self._double_squeeze_reducer.transport.result(sent.handle, sent.name)
+    return result if sent.copied_from is None else sent.copied_from.copy_(result)
 
 
 def _refuse_adasum(original: Callable[..., None]) -> Callable[..., None]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
 from torch import Tensor
 
 _log = logging.getLogger("ds_horovod")
-_NAP = 1e-3  # seconds
+_SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 _names = 0
 """How many numbers of names this rank has used or left out."""
 
@@ -29,6 +31,18 @@ def require_horovod_for(devices: Iterable[torch.device]) -> None:
             f"DoubleSqueeze: got tensors on {cuda}, but this Horovod was built without CUDA. Build it where nvcc is "
             "(scripts/install_horovod.sh; HOROVOD_GPU_OPERATIONS=NCCL for collectives between GPUs), or train on the cpu"
         )
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Keeps a tensor that Horovod gets as long as the result lives.
+
+    Where Python alone is left with a tensor that it has seen, torch (2.10 and later) takes the GIL to say so. Horovod's thread
+    must not come to that: when a rank has failed, it drops all tensors under a lock which every new collective wants while it
+    holds the GIL, and both would wait for ever. A reference from Python does not help, one from another tensor does.
+    """
+    holder = tensor.detach()
+    holder.grad = tensor
+    return holder
 
 
 class HorovodTransport:
@@ -67,25 +81,40 @@ class HorovodTransport:
         self.in_order = False  # Horovod matches collectives by their names
         self._process_set = process_set
         self._warnings = 0  # of the wait that goes on
-        self._splits = None
-        if server is not None:
-            self._splits = torch.tensor([int(rank == server) for rank in ranks], dtype=torch.int32)
+        equal = server is None
+        self._splits = torch.tensor([] if equal else [int(rank == server) for rank in ranks], dtype=torch.int32, device="cpu")
+        self._pinned_splits = pin(self._splits)
+        # By handle. What belongs to a handle that has failed stays until Horovod has been shut down: it tells of the failure
+        # first, and drops tensors then.
+        self._pins: dict[int, list[Tensor]] = {}
 
     def push(self, payload: Tensor, name: str) -> int:
-        return int(hvd.alltoall_async(payload, splits=self._splits, name=name, process_set=self._process_set))
+        # As hvd.alltoall_async, whose outputs could only be pinned once they are under way.
+        output, received = payload.new_empty(0), torch.empty(0, dtype=torch.int32, device="cpu")
+        arguments = payload, self._splits, output, received, name, self._process_set
+        return self._begin(lambda: mpi_ops._alltoall_async(*arguments), payload, output, received)
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> int:
         if self.server is None:
             assert reply is not None
-            return int(hvd.allgather_async(reply.unsqueeze(0), name=name, process_set=self._process_set))
+            row, output = reply.unsqueeze(0), reply.new_empty(0)
+            return self._begin(lambda: mpi_ops._allgather_async(row, output, name, self._process_set), row, output)
         buffer = torch.empty(1, nbytes, dtype=torch.uint8, device=device) if reply is None else reply.unsqueeze(0)
-        return int(hvd.broadcast_async_(buffer, root_rank=self.server, name=name, process_set=self._process_set))
+        broadcast = lambda: hvd.broadcast_async_(buffer, self.server, name, self._process_set)  # noqa: E731
+        return self._begin(broadcast, buffer)
+
+    def _begin(self, collective: Callable[[], int], *tensors: Tensor) -> int:
+        pins = [pin(tensor) for tensor in tensors]
+        handle = int(collective())
+        self._pins[handle] = pins
+        return handle
 
     def poll(self, handle: int) -> bool:
         return bool(hvd.poll(handle))
 
     def wait(self, handle: int) -> Tensor:
         result = hvd.synchronize(handle)
+        self._pins.pop(handle, None)
         tensor: Tensor = result[0] if isinstance(result, tuple) else result  # alltoall also returns the splits
         return tensor
 
@@ -97,8 +126,11 @@ class HorovodTransport:
         Raises
         ------
         HorovodInternalError
-            After HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if that is set.
+            After HOROVOD_STALL_SHUTDOWN_TIME_SECONDS, if that is set; or when Horovod has ended: a collective that began just
+            then is in no queue any more, and no thread will ever say that it has failed.
         """
+        if _has_ended():
+            raise HorovodInternalError(f"DoubleSqueeze: Horovod has been shut down before {', '.join(names)} could begin")
         if _number("HOROVOD_STALL_CHECK_DISABLE", 0):
             return
         often, last = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60), _number("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0)
@@ -117,18 +149,19 @@ class HorovodTransport:
         """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
         # hvd.allgather_object knows no process sets, and pickles.
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
-        sizes = self._result(handle, name)
-        everyones = self._result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
+        length = torch.tensor([len(own)], dtype=torch.int64)
+        handle = hvd.allgather_async(length, name=name + ".sizes", process_set=self._process_set)
+        sizes = self.result(handle, name)
+        everyones = self.result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
 
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
-        return self._result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
+        return self.result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
 
     def begin_sum(self, tensor: Tensor, name: str) -> int | None:
         # In place, and of what an allreduce takes alone: ranks that have called hvd.join() take part with zeros.
-        return int(hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set))
+        return self._begin(lambda: hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set), tensor)
 
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks.
@@ -141,13 +174,20 @@ class HorovodTransport:
         _names = number + 1
         return f"{prefix}.{number}"
 
-    def _result(self, handle: int, name: str) -> Tensor:
+    def result(self, handle: int, name: str) -> Tensor:
         """What arrives, waited for here: hvd.synchronize would say nothing of ranks that stall."""
         start = time.perf_counter()
         while not self.poll(handle):
-            self.waiting(time.perf_counter() - start, [name])
-            time.sleep(_NAP)
+            waited = time.perf_counter() - start
+            self.waiting(waited, [name])
+            time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))  # as `Pipeline.drain`
         return self.wait(handle)
+
+
+def _has_ended() -> bool:
+    """Whether Horovod's thread has ended, as it does when a rank has failed: there are no ranks any more."""
+    ranks = (ctypes.c_int * hvd.size())()
+    return bool(mpi_ops._basics.MPI_LIB_CTYPES.horovod_process_set_ranks(ctypes.c_int(0), ranks))
 
 
 def _number(variable: str, default: int) -> int:

@@ -51,7 +51,7 @@ def on_cuda():
 
 
 def compare(what, run):
-    """Runs on the CPU and on emulated kernels, and compares all that comes of it."""
+    """Runs on the CPU and on emulated kernels, and compares all results."""
     expected = run()
     with on_cuda():
         actual = run()
@@ -73,7 +73,7 @@ def state_with(codec, error, **more):
 
 
 def passes(codec, layout, gradients, error, dtype):
-    """Encodes, decodes and accumulates; all that comes of it."""
+    """Encodes, decodes and accumulates, and returns all results."""
     state = state_with(codec, error)
     if gradients is None:
         state.velocity = None

@@ -25,7 +25,7 @@ def sources(state, shards):
 
 
 def steps(codec, layout, values, looked=None, momentum=False):
-    """Encodes step after step with one feedback state; all that comes of it. `looked` receives the sources."""
+    """Encodes step after step with one feedback state, and returns all results. `looked` receives the sources."""
     state = FeedbackState(torch.zeros(layout.numel))
     if momentum:
         state.velocity, state.momentum = torch.zeros(layout.numel), 0.5

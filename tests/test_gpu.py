@@ -28,7 +28,7 @@ BYTES_OF_A_BILLION = 24 * BILLION  # gradients, error, what is decoded, and what
 
 
 def compare(what, run):
-    """Runs on the CPU and on the GPU, and compares all that comes of it."""
+    """Runs on the CPU and on the GPU, and compares all results."""
     expected, actual = run(CPU), run(GPU)
     assert actual.keys() == expected.keys()
     for name, values in expected.items():
@@ -36,7 +36,7 @@ def compare(what, run):
 
 
 def passes(device, codec, layout, gradients, error, dtype, steps=1):
-    """Encodes step after step, decodes, adds up two workers, serves; all that comes of it."""
+    """Encodes step after step, decodes, adds up two workers, serves, and returns all results."""
     gradients = [g.to(device) for g in gradients]
     state = FeedbackState(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
     if codec.sparse and error is not None:

@@ -91,7 +91,7 @@ def oracle():
 
 
 def passes(codec, layout, gradients, error, dtype):
-    """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
+    """Encodes, decodes and accumulates, and returns all results. With a velocity too, where the compressor can have one."""
     state = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
     if codec.sparse and gradients is not None and error is not None:
         state.velocity, state.momentum = error.roll(1) * 0.5, 0.9

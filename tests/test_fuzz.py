@@ -5,7 +5,6 @@ DS_HOROVOD_FUZZ=100 python -m pytest tests/test_fuzz.py      # a hundred times a
 
 import math
 import os
-import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
@@ -14,8 +13,9 @@ from random import Random
 from unittest import mock
 
 import pybind11
+import pytest
 import torch
-from emulator import SANITIZED, sanitized
+from emulator import SANITIZED, compiled, sanitized
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import COMPRESSORS, Int8, assert_same_bits, generator
@@ -296,29 +296,30 @@ def test_no_bytes_lead_a_decoder_astray(case):
                 assert_same_bits(own, other, f"{what} of {codec!r} ({instruction_set}):")
 
 
-def _sanitized_kernels(folder):
+def _sanitized_kernels():
     """The CPU kernels as they are, with AddressSanitizer and UBSan in them."""
-    target = folder / "_cpu.so"
-    sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in ("module", "avx2", "portable")]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-fvisibility=hidden",
+    folder = ROOT / "csrc" / "cpu"
+    sources = [str(folder / f"{name}.cpp") for name in ("module", "avx2", "portable")]
+    return compiled(
+        ["-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-fvisibility=hidden",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}",
-         f"-I{pybind11.get_include()}", *sources, "-o", str(target)],
-        check=True,
+         f"-I{pybind11.get_include()}", *sources],
+        "".join(path.read_text() for path in sorted(folder.iterdir())),
     )  # fmt: skip
-    return target
 
 
+@pytest.mark.jobs
 def test_no_bytes_lead_a_decoder_astray_under_sanitizers(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"""
 import importlib.util, sys
 sys.path[:0] = [{str(ROOT)!r}]
-spec = importlib.util.spec_from_file_location("ds_horovod._cpu", {str(_sanitized_kernels(tmp_path))!r})
+spec = importlib.util.spec_from_file_location("ds_horovod._cpu", {str(_sanitized_kernels())!r})
 sys.modules["ds_horovod._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["ds_horovod._cpu"])
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--capture=no", {str(__file__)!r}, "-k", "astray and not sanitizers"]))
+options = ["-q", "-pno:cacheprovider", "-pno:xdist", "--capture=no", "-k", "astray and not sanitizers"]
+sys.exit(pytest.main([*options, {str(__file__)!r}]))
 """)
     result = sanitized([sys.executable, str(script)])
     assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]

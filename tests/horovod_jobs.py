@@ -17,16 +17,22 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def _environment() -> dict[str, str]:
-    # After the timeout a rank that waits for a dead one through another gives up.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HOROVOD_GLOO_TIMEOUT_SECONDS": "20"}
+def _environment(gloo_timeout: int) -> dict[str, str]:
+    seconds = {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(gloo_timeout)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **seconds}
+
+
+# Gloo's timeout is that of ranks which wait for one that starts, too: on a busy machine a new interpreter takes a minute to
+# import torch, and then all the others abort.
+PATIENT = 300
 
 
 def run_job(arguments: list[str], timeout: float) -> tuple[int, str]:
     """Runs ``horovodrun arguments``. Returns its exit status and output; fails if it hangs."""
     job = subprocess.Popen(
         [Path(sys.executable).parent / "horovodrun", "--gloo", *arguments],
-        cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=ROOT, env=_environment(PATIENT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
     try:
         output, _ = job.communicate(timeout=timeout)
@@ -94,8 +100,11 @@ def _run(command: tuple[str, ...], environment: dict[str, str], output: Path) ->
 
 
 @contextmanager
-def separate_ranks(ranks: int, *command: str):
-    """The ranks of a job as processes that nobody watches over: horovodrun would end them all when one ends."""
+def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20):
+    """The ranks of a job as processes that nobody watches over: horovodrun would end them all when one ends.
+
+    After the timeout a rank that waits for a dead one through another gives up.
+    """
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http.http_server import RendezvousServer
 
@@ -113,7 +122,7 @@ def separate_ranks(ranks: int, *command: str):
                     "GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": port,
                     "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_IFACE": "lo",
                 }  # fmt: skip
-                environment = {**_environment(), **{f"HOROVOD_{key}": str(value) for key, value in job.items()}}
+                environment = {**_environment(gloo_timeout), **{f"HOROVOD_{key}": str(value) for key, value in job.items()}}
                 started.append(Rank(command, environment, Path(folder) / str(slot.rank)))
             yield started
         finally:
@@ -125,7 +134,7 @@ def separate_ranks(ranks: int, *command: str):
 
 def run_ranks(ranks: int, *command: str, timeout: float = 300) -> str:
     """As `horovodrun`, in a fraction of the time: what of a test is about the plugin and not about how ranks are started."""
-    with separate_ranks(ranks, *command) as started:
+    with separate_ranks(ranks, *command, gloo_timeout=PATIENT) as started:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             codes = [rank.exitcode for rank in started]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from horovod_jobs import ROOT, run_job, separate_ranks
+from horovod_jobs import PATIENT, ROOT, run_job, separate_ranks
 
 pytestmark = pytest.mark.jobs
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
@@ -84,6 +84,13 @@ def test_a_rank_that_raises_ends_the_job(phase):
     assert len(BEGUN.findall(output)) == 3 and not left_over(output)
 
 
+def assert_it_is_noticed(output, collective):
+    for rank in (0, 1):
+        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.(0\.)?{collective}"
+        assert re.search(waits, output), output[-4000:]
+    assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited \d+ seconds for", output), output[-4000:]
+
+
 @pytest.mark.parametrize(
     "phase, collective",
     [
@@ -95,14 +102,21 @@ def test_a_rank_that_raises_ends_the_job(phase):
 )
 def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
     """Horovod's variables say when; its own stall inspector is silent with Gloo."""
+    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "1")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "6")
+    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--how", "stall", gloo_timeout=PATIENT) as started:
+        codes = [rank.wait(120) for rank in started[:2]]
+        output = "".join(rank.output for rank in started)
+    assert codes == [7, 7], output
+    assert_it_is_noticed(output, collective)
+
+
+def test_a_rank_that_stalls_ends_the_job(monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "12")
-    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "stall"], timeout=120)
+    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", "push", "--how", "stall"], timeout=300)
     assert code != 0 and not left_over(output)
-    for rank in (0, 1):
-        waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.(0\.)?{collective}"
-        assert re.search(waits, output), output[-4000:]
-    assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited \d+ seconds for", output), output[-4000:]
+    assert_it_is_noticed(output, r"bucket\d\.push")
 
 
 def test_an_interrupted_job_leaves_nothing_behind(tmp_path):

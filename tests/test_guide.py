@@ -33,7 +33,7 @@ def test_recipes(tmp_path):
 def test_the_recipe_of_an_elastic_job(tmp_path):
     (recipe,) = [text for text in RECIPES if "hvd.elastic.run" in text]
     (tmp_path / "train.py").write_text(GIVEN + recipe + 'print(f"ended in epoch {state.epoch}")\n')
-    code, output = elastic(tmp_path, tmp_path / "train.py", timeout=120)
+    code, output = elastic(tmp_path, tmp_path / "train.py")
     assert code == 0 and output.count("ended in epoch 3") == 2, output[-4000:]
 
 

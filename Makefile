@@ -12,6 +12,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 NP ?= 2
 VENV ?= .venv
+BARE := build/without-horovod
 RESULTS ?= benchmarks/results
 
 bin := $(VENV)/bin
@@ -41,7 +42,7 @@ endif
 # Benchmarks that run side by side measure each other.
 .NOTPARALLEL:
 
-.PHONY: train test setup lint kernels results results-quick clean
+.PHONY: train test test-without-horovod setup lint kernels results results-quick clean
 
 train: setup
 	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py $(ARGS)
@@ -49,6 +50,18 @@ train: setup
 # Side by side, in several processes: ARGS="-n 0 TEST" runs a test alone, ARGS="-m 'not jobs'" what starts no ranks.
 test: setup
 	$(bin)/pytest -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+# What needs no Horovod, where there is none: another environment, in which no rank can be started.
+test-without-horovod: $(BARE)/plugin
+	$(BARE)/bin/python -c 'import importlib.util, ds_horovod; assert importlib.util.find_spec("horovod") is None'
+	$(BARE)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not jobs" $(ARGS)
+
+$(BARE)/plugin: setup.py pyproject.toml $(kernels)
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --upgrade pip
+	$(BARE)/bin/python -m pip install --quiet $(TORCH) numpy
+	$(BARE)/bin/python -m pip install --quiet --editable . pytest pytest-xdist hypothesis pybind11
+	touch $@
 
 setup: $(VENV)/plugin
 

@@ -46,8 +46,9 @@ endif
 train: setup
 	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py $(ARGS)
 
+# Side by side, in several processes: ARGS="-n 0 TEST" runs a test alone, ARGS="-m 'not jobs'" what starts no ranks.
 test: setup
-	$(bin)/pytest $(ARGS)
+	$(bin)/pytest -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 setup: $(VENV)/plugin
 

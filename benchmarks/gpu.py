@@ -101,8 +101,8 @@ class Bucket:
         self.codec, self.gradients, device = codec, [gradient], gradient.device
         self.layout = pack([gradient.numel()], codec.block, WORKERS)
         self.shard = self.layout.shard(0)
-        self.worker = FeedbackState(torch.zeros(self.layout.numel, device=device))
-        self.server = FeedbackState(torch.zeros(self.layout.shard_numel, device=device))
+        self.worker = FeedbackState(torch.zeros(self.layout.numel, dtype=torch.float32, device=device))
+        self.server = FeedbackState(torch.zeros(self.layout.shard_numel, dtype=torch.float32, device=device))
         self.payload = torch.zeros(WORKERS, codec.chunk_nbytes(self.layout), dtype=torch.uint8, device=device)
         self.reply = torch.zeros(codec.chunk_nbytes(self.layout), dtype=torch.uint8, device=device)
         self.out = [torch.empty_like(gradient)]
@@ -160,8 +160,8 @@ class OperationByOperation:
         self.arrays, device = arrays, gradient.device
         self.gradient = gradient[: gradient.numel() // (8 * WORKERS) * 8 * WORKERS]
         self.shard_numel = self.gradient.numel() // WORKERS
-        self.worker_error = torch.zeros(self.gradient.numel(), device=device)
-        self.server_error = torch.zeros(self.shard_numel, device=device)
+        self.worker_error = torch.zeros(self.gradient.numel(), dtype=torch.float32, device=device)
+        self.server_error = torch.zeros(self.shard_numel, dtype=torch.float32, device=device)
 
     def compress(self, values: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Packed signs and scale; the error is replaced."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .checksum import digest
+from .compressors.checks import is_whole
 from .options import Options
 from .reducer import Loaded, Reducer
 from .residual import Residual, split
@@ -98,15 +101,14 @@ def _full(options: Options, holder: Holder | None, residuals: Mapping[str, Resid
 def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
     """Takes back what `rank_state` or `full_state` gave of an optimizer; raises as `DoubleSqueeze.load_state_dict` does."""
     require_format(state, reducer.options, reducer.place)
+    if is_of_one_rank(state):
+        _require_known(state, "velocities", reducer.parameters)
     session, options = reducer.session, reducer.options
-    loaded = Loaded("a state_dict()", of_all=False)
+    description, errors = "a state_dict()", None
     if not is_of_one_rank(state):
         tensors = [(f"{kind}.{name}", tensor) for kind in ("errors", "velocities") for name, tensor in state[kind].items()]
-        loaded = Loaded(
-            f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}",
-            of_all=True,
-            errors=dict(state["errors"]) if options.server_error and not options.worker_error else None,
-        )
+        description = f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}"
+        errors = dict(state["errors"]) if options.server_error and not options.worker_error else None
         require_fits(state, reducer.parameters, reducer.selection)
         residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
         reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"])
@@ -120,7 +122,7 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         session.adopt(sparse, buckets, hold_errors=True)
         reducer.velocities.load_state_dict(state["velocities"])
     reducer.units.load_state_dict(state["units"])
-    reducer.loaded = loaded
+    reducer.loaded = Loaded(description, reducer.steps, not is_of_one_rank(state), errors)
 
 
 def is_of_one_rank(state: Mapping[str, Any]) -> bool:
@@ -129,7 +131,7 @@ def is_of_one_rank(state: Mapping[str, Any]) -> bool:
 
 
 def require_format(state: Mapping[str, Any], options: Options, place: tuple[int, int] | None) -> None:
-    """Raises ValueError unless a state is of this format and, if it is of one rank, of this place.
+    """Raises ValueError unless a state is of this format, well formed and, if it is of one rank, of this place.
 
     Parameters
     ----------
@@ -138,9 +140,14 @@ def require_format(state: Mapping[str, Any], options: Options, place: tuple[int,
     place
         How many ranks there are and which one this is; None where that is not known yet.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"DoubleSqueeze: a state must be what state_dict() or full_state_dict() gave, got {type(state).__name__}"
+        )
     if not is_of_one_rank(state):
         if state.get("format") != FORMAT:
             raise ValueError(f"DoubleSqueeze: the state is of format {state.get('format')}, this is format {FORMAT}")
+        _require_well_formed(state)
         return
     expected: dict[str, Any] = {"format": FORMAT, "server": options.server}
     if place is not None:
@@ -149,6 +156,67 @@ def require_format(state: Mapping[str, Any], options: Options, place: tuple[int,
         found = state.get("size" if label == "world size" else label)
         if found != value:
             raise ValueError(f"DoubleSqueeze: the state is of {label} {found}, this is {label} {value}")
+    _require_well_formed(state)
+
+
+def _require_well_formed(state: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the key, for what no `rank_state` or `full_state` has, and for values that are not finite."""
+    _require(state, "sparse", _is_list_of(str), "a list of names")
+    _require(state, "velocities", _is_mapping_to(_is_tensor), "floating-point tensors by name")
+    _require(state, "units", lambda units: isinstance(units, Mapping), "a dict")
+    _require(state["units"], "scale", lambda scale: _is_number(scale) and scale > 0, "positive and finite", "units.")
+    _require(state["units"], "learning_rates", _is_mapping_to(_is_number), "numbers by name", "units.")
+    for name, velocity in state["velocities"].items():
+        _require_finite(velocity, f"velocities of {name}")
+    if not is_of_one_rank(state):
+        _require(state, "step", lambda step: is_whole(step) and step >= 0, "a whole number, 0 or more")
+        _require(state, "errors", _is_mapping_to(_is_tensor), "floating-point tensors by name")
+        for name, error in state["errors"].items():
+            _require_finite(error, f"errors of {name}")
+        return
+    _require(state, "buckets", _is_list_of(Mapping), "a list of dicts")
+    for b, bucket in enumerate(state["buckets"]):
+        at = f"buckets[{b}]."
+        _require(bucket, "parameters", _is_list_of(str), "a list of names", at)
+        for key in ("numels", "offsets"):
+            _require(bucket, key, _is_list_of(int), "a list of whole numbers", at)
+        _require(bucket, "weight", _is_number, "a number", at)
+        _require(bucket, "step", lambda step: is_whole(step) and step >= 0, "a whole number, 0 or more", at)
+        for key in _ARRAYS:
+            _require(bucket, key, lambda array: array is None or _is_tensor(array), "a floating-point tensor, or None", at)
+            if bucket[key] is not None:
+                _require_finite(bucket[key], f"{key} of bucket {b}, of {bucket['parameters'][0]} and others,")
+
+
+def _require(state: Mapping[str, Any], key: str, is_allowed: Callable[[Any], bool], allowed: str, at: str = "") -> None:
+    if key not in state:
+        raise ValueError(f"DoubleSqueeze: the state is malformed: {at}{key} is missing")
+    if not is_allowed(state[key]):
+        found = type(state[key]).__name__ if isinstance(state[key], Tensor | Mapping | list | tuple) else repr(state[key])
+        raise ValueError(f"DoubleSqueeze: the state is malformed: {at}{key} must be {allowed}, got {found}")
+
+
+def _require_finite(tensor: Tensor, what: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise _unfit(f"{what} that are not finite")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _is_mapping_to(is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, Mapping) and all(isinstance(k, str) and is_allowed(item) for k, item in value.items())
+    )
 
 
 def require_fits(state: Mapping[str, Any], parameters: Sequence[tuple[str, Tensor]], selection: Selection) -> None:
@@ -159,14 +227,19 @@ def require_fits(state: Mapping[str, Any], parameters: Sequence[tuple[str, Tenso
     if state["velocities"] and not options.momentum:
         raise _unfit(f"velocities, of {next(iter(state['velocities']))} first, but momentum is 0")
     for kind in ("errors", "velocities"):
-        for name, tensor in state[kind].items():
-            if name not in known:
-                raise _unfit(f"{kind} of {name}, which is not a parameter here")
-            if tensor.shape != known[name].shape:
-                raise _unfit(f"{kind} of {name} of shape {tuple(tensor.shape)}, here {tuple(known[name].shape)}")
+        _require_known(state, kind, parameters)
     for name in state["errors"]:
         if name in state["sparse"] or selection.compressor(name, known[name]) is None:
             raise _unfit(f"errors of {name}, which is not compressed here")
+
+
+def _require_known(state: Mapping[str, Any], kind: str, parameters: Sequence[tuple[str, Tensor]]) -> None:
+    known = dict(parameters)
+    for name, tensor in state[kind].items():
+        if name not in known:
+            raise _unfit(f"{kind} of {name}, which is not a parameter here")
+        if tensor.shape != known[name].shape:
+            raise _unfit(f"{kind} of {name} of shape {tuple(tensor.shape)}, here {tuple(known[name].shape)}")
 
 
 def _unfit(what: str) -> ValueError:

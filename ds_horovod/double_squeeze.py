@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .broadcast import broadcast
+from .buckets import GroupTransport
 from .checkpoint import full_state, load, rank_state, require_format
 from .compressors import Compressor, OneBit
 from .eager import TensorReducer
 from .options import Options, require_compressor
 from .reducer import Reducer
 from .selection import Selection, explain
-from .session import GroupTransport
 from .stats import combine_stats, stats_of
 
 _P = ParamSpec("_P")
@@ -199,7 +199,13 @@ class DoubleSqueeze:
 
         Each rank has its own; `load_state_dict` takes it back on the same rank of as many ranks, bit for bit. For one file that
         any number of ranks can load there is `full_state_dict`.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
         """
+        self._require_between_steps()
         return rank_state(self.options, self._reducer)
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -227,9 +233,12 @@ class DoubleSqueeze:
         Raises
         ------
         ValueError
-            The state is of another format, world size, rank or layout: which one, and what was expected. Nothing has
-            changed then.
+            The state is of another format, world size, rank or layout: which one, and what was expected. Or it is malformed,
+            or holds values that are not finite: where. Nothing has changed then.
+        RuntimeError
+            A step is under way.
         """
+        self._require_between_steps()
         if self._reducer is None:
             require_format(state, self.options, None)
             self._loaded = state
@@ -238,23 +247,20 @@ class DoubleSqueeze:
         else:
             self._reducer.load(state)
 
+    def _require_between_steps(self) -> None:
+        for session in [] if self._reducer is None else self._reducer.sessions:
+            session.require_between_steps()
+
     def broadcast_state(self, root_rank: int = 0) -> None:
         """Gives all ranks the state of one of them, as ``hvd.broadcast_optimizer_state`` does; all ranks call it.
 
-        What one rank has loaded since its last step, as from a file of `full_state_dict`, becomes every rank's, as if all had
-        loaded it. Otherwise the rank's own errors and velocities are divided among all. What other ranks hold is replaced.
-        Before the optimizer is made, it says what making it begins with.
-
-        Parameters
-        ----------
-        root_rank
-            The rank, as `hvd.rank` counts; of the optimizer's process set.
+        A `full_state_dict` that it has loaded since its last step is as if all had loaded it. Otherwise its own errors and
+        velocities are divided among all. Before the optimizer is made, it says what making it begins with.
 
         Raises
         ------
         ValueError
-            The rank is none of these, or not the same on all ranks; its state does not fit the parameters; the instance is
-            that of tensors outside an optimizer.
+            No such rank is in the optimizer's process set, or ranks name different ones; the state does not fit.
         RuntimeError
             A step is under way.
         """
@@ -264,6 +270,25 @@ class DoubleSqueeze:
             self._root_rank = root_rank
         else:
             broadcast(self._reducer, root_rank)
+
+    def reset_errors(self) -> None:
+        """Drops what waits to be sent, errors and velocities, on all ranks, which all call it between two steps.
+
+        For a step that is not taken because its gradients are absurd: what has not been sent of them would spoil the steps
+        after it. What had waited from earlier steps is lost too. After ``optimizer.synchronize()`` in place of
+        ``optimizer.step()``, where the averaged gradients, which are the same on all ranks, say so. ``max_norm`` keeps such
+        gradients out in the first place, and loses nothing that waits.
+
+        Raises
+        ------
+        ValueError
+            The ranks have taken different numbers of steps; or no optimizer uses the instance.
+        RuntimeError
+            A step is under way.
+        """
+        if not isinstance(self._reducer, Reducer):
+            raise ValueError("DoubleSqueeze: reset_errors is for an instance that an optimizer uses, and this one is not")
+        self._reducer.reset()
 
     def change_compressor(self, compressor: Compressor, server_compressor: Compressor | None = None) -> None:
         """Goes on with another compressor from the next step on; all ranks call it, between two steps.

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from .compressors import Compressor, Quantize
+from .compressors.checks import is_whole
 
 Choice = Compressor | bool | None
 Choose = Mapping[str, Choice] | Callable[[str, Tensor], Choice]
@@ -105,7 +106,7 @@ def require_compressor(option: str, value: Any, momentum: float = 0.0) -> None:
     if not isinstance(value, Compressor):
         hint = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
         raise TypeError(f"DoubleSqueeze: {option} must be a ds_horovod Compressor, got {value!r}{hint}")
-    if not isinstance(value.block, int) or value.block <= 0 or value.block % 32:
+    if not is_whole(value.block) or value.block <= 0 or value.block % 32:
         raise ValueError(f"DoubleSqueeze: {option}.block must be a positive multiple of 32, got {value.block!r}")
     if momentum and not value.sparse:
         raise ValueError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic
+
+from torch import Tensor
 
 from .exchange import Exchange, Handle, InFlight, Totals, Transport
 
@@ -74,22 +76,33 @@ class Pipeline(Generic[Handle]):
         """
         start = time.perf_counter()
         passes = self._totals.pass_seconds
-        told = 0.0
-        while True:
-            self.poll()
-            pending = [work.pending for work in self.in_flight if work.pending is not None]
-            if not pending:
-                break
-            waited = time.perf_counter() - start
-            with self._unless_failed():
-                if waited > told + 1.0:
-                    told = waited
-                    self._transport.waiting(waited, pending)
-                time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
+        self._nap_until_done(self._polled)
         for exchange in self._done:
             exchange.streams.wait_for_side()
         self._done.clear()
         self._totals.wait_seconds += time.perf_counter() - start - (self._totals.pass_seconds - passes)
+
+    def wait_for(self, handle: Handle, name: str) -> Tensor:
+        """What has arrived of one more collective; polls the exchanges meanwhile."""
+        self._nap_until_done(lambda: [] if self._transport.poll(handle) else [name, *self._polled()])
+        with self._unless_failed():
+            return self._transport.wait(handle)
+
+    def _polled(self) -> list[str]:
+        """The names of the collectives that are pending."""
+        self.poll()
+        return [work.pending for work in self.in_flight if work.pending is not None]
+
+    def _nap_until_done(self, pending: Callable[[], list[str]]) -> None:
+        start = time.perf_counter()
+        told = 0.0
+        while names := pending():
+            waited = time.perf_counter() - start
+            with self._unless_failed():
+                if waited > told + 1.0:
+                    told = waited
+                    self._transport.waiting(waited, names)
+                time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
 
     def cancel(self) -> None:
         """Leaves all destinations alone, and returns when nothing is under way."""

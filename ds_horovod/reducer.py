@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .agreement import require_agreement
+from .buckets import GroupTransport
 from .checksum import checksums
 from .compressors import Compressor
 from .options import Options
 from .residual import Residual
 from .selection import Selection
-from .session import GroupTransport, Session
+from .session import Session
 from .uncompressed import Velocities
-from .units import Units
+from .units import Units, rescaled
 
 
 class Shared(NamedTuple):
@@ -41,10 +43,12 @@ class Snapshot(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The state that an optimizer has loaded before its next step."""
+    """A state that an optimizer has loaded, and taken no step since."""
 
     description: str
     """By which ranks tell whether it is the same one."""
+    step: int
+    """Of the state."""
     of_all: bool
     """Whether it is what all ranks hold together, of which each took its part."""
     errors: dict[str, Tensor] | None = None
@@ -105,12 +109,11 @@ class Reducer:
         self.transport = transport
         self.session: Session[Any] | None = None
         """The exchange; None for one rank, which has nobody to exchange with."""
-        self.loaded: Loaded | None = None
-        """What has been loaded since the last step."""
+        self._loaded: Loaded | None = None
         if transport.size > 1:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
-                self._name, self.parameters, self.selection, weight, transport, self.units, True, self._more_to_compare
+                self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare
             )
         else:
             self._name_alone = transport.unique_name(self._name)
@@ -118,10 +121,19 @@ class Reducer:
     def _more_to_compare(self) -> dict[str, Any]:
         """Parts of the state of training that must be the same on all ranks when they begin."""
         return {
-            "loaded state": "none" if self.loaded is None else self.loaded.description,
+            "loaded state": self.loaded.description if self.loaded else "none",
             "velocities": checksums(self.velocities.state_dict().items()),
             "weights": checksums(self._all_parameters),
         }
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What has been loaded since the last step."""
+        return self._loaded if self._loaded and self._loaded.step == self.steps else None
+
+    @loaded.setter
+    def loaded(self, loaded: Loaded) -> None:
+        self._loaded = loaded
 
     @property
     def name(self) -> str:
@@ -158,15 +170,15 @@ class Reducer:
         rates
             The learning rate of each parameter, by name.
         """
-        if self.session is None or self.session.started:
-            self.loaded = None
+        if self.loaded is None:
+            self._loaded = None  # its errors need not stay in memory
         change = self.units.begin_step(rates)
         if change is None:
             return
         if self.session is not None:
             self.session.rescale(change)
         for name, error in self._carried_over.items():  # which a snapshot may hold too
-            self._carried_over[name] = error * (change.scale * change.rates.get(name, 1.0))
+            self._carried_over[name] = rescaled(error.clone(), change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
     def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
@@ -185,7 +197,7 @@ class Reducer:
             Gradients of this scale have been added to errors of another one.
         """
         units, session, scale = self.units, self.session, float(scaler.get_scale())
-        if session is not None and scale != units.scale and (session.step > 1 if exchanged else session.has_left):
+        if session is not None and scale != units.scale and (session.step > 1 if exchanged else not session.held):
             raise RuntimeError(
                 f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
                 f"{units.scale:g}, and gradients of this step have been added to them. Pass DoubleSqueeze(grad_scaler=scaler)"
@@ -207,6 +219,19 @@ class Reducer:
                 gradient += self._carried_over.pop(name).to(gradient.device)
 
     # ---- between two steps
+
+    def reset(self) -> None:
+        """Drops what waits; see `DoubleSqueeze.reset_errors`."""
+        session = self.session
+        if session is not None:
+            session.require_between_steps()
+            session.agree_on_name()
+            everyones = session.transport.gather_objects({"reset_errors() after step": session.step}, session.name + ".reset")
+            require_agreement(everyones)
+            session.restore_frozen()
+            session.import_residual({}, session.step)
+        self._carried_over, self._loaded = {}, None
+        self.velocities.load_state_dict({})
 
     def change(self, options: Options) -> None:
         """Goes on with other compressors, which take over the residuals; see `DoubleSqueeze.change_compressor`."""

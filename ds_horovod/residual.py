@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compressors.base import BOUNDED
 from .exchange import Exchange
 from .step import Bucket
+from .units import LARGEST, rescaled
 
 
 class Residual(NamedTuple):
@@ -46,6 +48,7 @@ def export_residual(exchange: Exchange[Any]) -> tuple[Tensor, Tensor | None]:
         error = worker.error * weight
     if server.error is not None:
         error[_served(exchange)] += server.error
+        error.clamp_(-LARGEST, LARGEST)
     return error, None if worker.velocity is None else worker.velocity * weight
 
 
@@ -62,16 +65,16 @@ def import_residual(exchange: Exchange[Any], error: Tensor, velocity: Tensor | N
     """
     worker, server = exchange.worker, exchange.server
     if worker.error is not None:
-        torch.div(error, exchange.weight, out=worker.error)
+        torch.div(error, exchange.weight, out=worker.error).clamp_(-LARGEST, LARGEST)
     if server.error is not None:
         server.error.zero_()
         if worker.error is None:
-            server.error.add_(error[_served(exchange)], alpha=exchange.transport.size)
+            server.error.add_(error[_served(exchange)], alpha=exchange.transport.size).clamp_(-LARGEST, LARGEST)
     if worker.velocity is not None:
         if velocity is None:
             worker.velocity.zero_()
         else:
-            torch.div(velocity, exchange.weight, out=worker.velocity)
+            torch.div(velocity, exchange.weight, out=worker.velocity).clamp_(-LARGEST, LARGEST)
     worker.step = server.step = step
     exchange.streams.publish()
 
@@ -119,19 +122,24 @@ def state_of(bucket: Bucket[Any], p: Tensor) -> list[Tensor]:
     return parts if worker.velocity is None else [*parts, worker.velocity[flat]]
 
 
-def rescale(bucket: Bucket[Any], factor: float, of_parameters: Sequence[float]) -> None:
-    """Multiplies errors and velocity by a factor, and the errors of each parameter by another one; between two steps."""
+def rescale(bucket: Bucket[Any], factor: float, of_parameters: Sequence[float], loss_scale: float) -> None:
+    """Multiplies errors and velocity by a factor, and the errors of each parameter by another one; between two steps.
+
+    They end where all ranks' sum does not overflow, at a high loss scale; at a low learning rate where no block's does, since
+    nobody would skip that step.
+    """
     exchange = bucket.exchange
+    largest = LARGEST / (4 * exchange.transport.size)
     exchange.streams.wait_for_side()
     if factor != 1.0:
         for array in (exchange.worker.error, exchange.server.error, exchange.worker.velocity):
             if array is not None:
-                array *= factor
+                rescaled(array, factor, largest)
     for p, more in zip(bucket.parameters, of_parameters, strict=True):
         if more != 1.0:
             parts = state_of(bucket, p)
             for error in parts if exchange.worker.velocity is None else parts[:-1]:
-                error *= more
+                rescaled(error, more, min(BOUNDED * loss_scale, largest))
     exchange.streams.publish()
 
 

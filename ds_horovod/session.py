@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import replace
-from typing import Any, Generic, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import residual
 from .agreement import require_agreement
-from .exchange import Exchange, Handle, Totals, Transport
+from .buckets import Buckets, GroupTransport
+from .exchange import Handle
 from .options import Options
 from .pipeline import Pipeline
-from .residual import Frozen, Residual
-from .selection import COMPRESSIBLE, Plan, Selection
+from .residual import Residual, rescale
+from .selection import COMPRESSIBLE, Selection
 from .step import Bucket, Step, changed_too_early
 from .uncompressed import clip, require_dense
 from .units import Change, Units
 
 
-class GroupTransport(Transport[Handle], Protocol[Handle]):
-    """A transport that can also compare notes."""
-
-    ranks: list[int]
-    """All ranks of the group, as the user counts them."""
-
-    def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's plain value, by rank. Blocks."""
-
-    def sum(self, tensor: Tensor, name: str) -> Tensor:
-        """Of all ranks' tensors. Blocks."""
-
-    def unique_name(self, prefix: str) -> str:
-        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
-
-
-class Session(Generic[Handle]):
-    """All buckets of one optimizer.
+class Session(Buckets[Handle]):
+    """The buckets of one optimizer, step after step.
 
     A step is `admit` and `ready` for each gradient, `flush` at the end of backward, and `finish` for each. In the first
     step nothing leaves before all gradients are there: only then is it known which are sparse, and the ranks have compared
@@ -47,22 +30,13 @@ class Session(Generic[Handle]):
 
     Parameters
     ----------
-    name
-        Prefix of all names of collectives, the same on all ranks.
-    parameters
-        Names and parameters in the order of registration.
-    selection
-        What is compressed, and how, as the user chose.
-    weight
-        1 / ranks for an average, 1 for a sum.
-    transport
-        To the other ranks.
+    name, parameters, selection, weight, transport
+        As for `Buckets`.
     units
         Of the gradients.
-    own_name
-        Whether the name is but the beginning of a name of its own, on which the ranks agree before their first collective.
     more_to_compare
-        What ranks compare before their first exchange beside what `describe` says.
+        Of an optimizer: what ranks compare before their first exchange beside what `describe` says. The name is but a prefix
+        then, of one that the ranks agree on, since they may have made unequal numbers of optimizers.
     """
 
     def __init__(
@@ -73,17 +47,9 @@ class Session(Generic[Handle]):
         weight: float,
         transport: GroupTransport[Handle],
         units: Units | None = None,
-        own_name: bool = False,
-        more_to_compare: Callable[[], Mapping[str, Any]] = dict,
+        more_to_compare: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        self.name = name
-        self.parameters = list(parameters)
-        self.selection = selection
-        self.weight = weight
-        self.transport = transport
         self.units = Units() if units is None else units
-        self.totals = Totals()
-        self.pipeline = Pipeline(transport, self.totals)
         self.admitted = 0
         """Gradients so far, compressed or not."""
         self.dense_bytes = 0
@@ -92,71 +58,29 @@ class Session(Generic[Handle]):
         """Whether the ranks have agreed, so that buckets may leave during backward."""
         self.skipped = False
         """Whether the last step is one that a scaler of the loss skips."""
-        self._names = {p: n for n, p in self.parameters}
-        self._frozen = Frozen()
-        self._changes = 0  # of compressors
-        self._wants_own_name = own_name
+        self._names = {p: n for n, p in parameters}
         self._more_to_compare = more_to_compare
+        self.complete = True
+        """Whether all ranks take part in the step: those that have called hvd.join() do not."""
+        self.unknown: set[Tensor] = {p for _, p in parameters}
+        """Parameters that have had no gradient yet on this rank."""
+        self._frozen_everywhere: set[Tensor] = set()
+        self._taking_part: Handle | None = None  # the sum of who takes part, under way
         self._step: Step[Handle] | None = None
-        self.adopt(frozenset(), self.fill(frozenset()))
-
-    @property
-    def options(self) -> Options:
-        """As the user chose them."""
-        return self.selection.options
+        super().__init__(name, parameters, selection, weight, transport, own_name=more_to_compare is not None)
+        self.pipeline = Pipeline(transport, self.totals)
 
     @property
     def held(self) -> bool:
         """Whether no gradient may leave before all are there: where they are clipped, and before the ranks have agreed."""
         return self.options.max_norm is not None or not self.started
 
-    @property
-    def step(self) -> int:
-        """How many have been taken, since training began."""
-        return max((bucket.exchange.worker.step for bucket in self.buckets), default=0)
-
-    # ---- buckets
-
-    def plan(self, sparse: Set[str]) -> list[Plan]:
-        """The buckets, without the parameters whose gradients are sparse."""
-        return self.selection.plan(self.parameters, self.transport.shards, sparse)
-
-    def fill(self, sparse: Set[str]) -> list[Bucket[Handle]]:
-        """New buckets, with errors of zero, without the parameters whose gradients are sparse."""
-        buckets = []
-        for b, plan in enumerate(self.plan(sparse)):
-            device, name = plan.parameters[0].device, self._name_of(b)
-            exchange = Exchange(b, name, plan.layout, plan.options, self.weight, self.transport, device, self.totals)
-            buckets.append(Bucket(plan.names, plan.parameters, exchange))
-        return buckets
-
-    def _name_of(self, bucket: int) -> str:
-        change = f".change{self._changes}" if self._changes else ""  # sizes under a name never change
-        return f"{self.name}{change}.bucket{bucket}"
-
-    def agree_on_name(self) -> None:
-        """Before the first collective: the ranks may have made unequal numbers of optimizers. All ranks call it."""
-        if self._wants_own_name:
-            self.name = self.transport.unique_name(self.name)
-            self._wants_own_name = False
-            for bucket in self.buckets:
-                bucket.exchange.name = self._name_of(bucket.exchange.bucket)
-
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
         """Goes on with the buckets that `fill` made, which may hold errors already."""
+        super().adopt(sparse, buckets)
         self._hold_errors = hold_errors
-        self.sparse = frozenset(sparse)
-        self.buckets = buckets
-        self._frozen.forget()
-        self._bucket_of = {p: bucket for bucket in buckets for p in bucket.parameters}
         if self._step is not None and not self._step.flushed:
             self._step.arrange(buckets)
-
-    def covers(self, p: Tensor) -> bool:
-        """Whether the gradient of a parameter goes through the exchange."""
-        return p in self._bucket_of
-
-    # ---- one step
 
     def admit(self, p: Tensor) -> bool:
         """Is told of each gradient, once a step. Returns whether it goes through the exchange.
@@ -174,7 +98,7 @@ class Session(Generic[Handle]):
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
         if self.covers(p):
-            self._require_dtype(name, gradient.dtype, self._bucket_of[p].parameters[0].dtype)
+            _require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -184,33 +108,71 @@ class Session(Generic[Handle]):
             sparse = self.sparse | {name}
             self.adopt(sparse, self.fill(sparse))
         if self._step is None or self._step.flushed:
-            self._step = Step(self.buckets, self.pipeline, self.transport.in_order, self.held, self.units)
+            self._step = self._begin_step()
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
-            self._frozen.update(p, self._bucket_of[p])
+            self.frozen.update(p, self.bucket_of[p])
             return True
         if gradient.is_sparse:
             gradient = gradient._values()
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
 
-    def _require_dtype(self, name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
-        if dtype not in COMPRESSIBLE or dtype != of_bucket:
-            raise ValueError(
-                f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
-                "be compressed; convert the model, as model.double() does, before making the optimizer"
+    def _begin_step(self) -> Step[Handle]:
+        """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before."""
+        self.complete, self._taking_part = True, None
+        self._frozen_everywhere = {p for p in self.bucket_of if not p.requires_grad}
+        if self.started:
+            own = torch.tensor([1.0, *(float(not p.requires_grad) for p in self.bucket_of)], dtype=torch.float32)
+            self._taking_part = self.transport.begin_sum(own, self.name + ".ranks")
+        held = self.held or self._taking_part is not None
+        checks_values = self.options.max_norm is None and not self.started
+        return Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values)
+
+    def _await_who_takes_part(self) -> list[float]:
+        handle, self._taking_part = self._taking_part, None
+        assert handle is not None
+        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
+
+    def _note_who_takes_part(self) -> None:
+        ranks, *frozen = self._await_who_takes_part()
+        self._frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
+        self.complete = ranks == self.transport.size
+        if not self.complete and self.options.momentum:
+            raise RuntimeError(
+                f"DoubleSqueeze: {self.transport.size - ranks:.0f} ranks have called hvd.join() while others still train, "
+                f"which momentum={self.options.momentum} cannot follow; call optimizer.step() on them, without backward()"
             )
+        if self.complete and not self.held and self._step is not None:
+            self._step.release()
+
+    def unsent(self) -> list[Tensor]:
+        """Parameters whose gradients no exchange takes in this step, since ranks are missing; each is given once."""
+        left = [] if self.complete or self._step is None else list(self._step.gradients)
+        for p in left:
+            gradient = self._step.gradients.pop(p)  # type: ignore[union-attr]
+            self.dense_bytes += gradient.numel() * gradient.element_size()
+        return left
+
+    def missing_gradient(self, p: Tensor) -> Tensor:
+        """A gradient of zeros, of the layout that the gradients of a parameter have."""
+        if self._names[p] not in self.sparse:
+            return torch.zeros_like(p)
+        rows = torch.empty(1, 0, dtype=torch.int64, device=p.device)
+        return torch.sparse_coo_tensor(rows, p.new_empty((0, *p.shape[1:])), p.shape)
 
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
         assert self._step is not None
-        self._step.ready(p, self._bucket_of[p])
+        self._step.ready(p, self.bucket_of[p])
         if not self.held:
             self.poll()
 
     def poll(self) -> None:
         """Does what can be done without waiting."""
+        if self._taking_part is not None and self.transport.poll(self._taking_part):
+            self._note_who_takes_part()
         self.pipeline.poll()
 
     def flush(self) -> None:
@@ -229,16 +191,37 @@ class Session(Generic[Handle]):
         changed = step.changed()
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
+        if self._taking_part is not None:
+            self._note_who_takes_part()
         if not self.started:
-            self.agree_on_name()
-            own = {**describe(self), **self._more_to_compare()}
-            require_agreement(self.transport.gather_objects(own, self.name + ".agreement"), WAYS_OUT)
-            self.started = self._hold_errors = True
+            self._agree()
         if self.options.max_norm is not None:
             gradients = [(self._names[p], p.grad) for p in step.admitted if p.grad is not None]
             clip(gradients, self.options.max_norm * self.units.scale)
         step.flushed = True
-        step.release()
+        if self.complete:
+            step.release()
+
+    def _agree(self) -> None:
+        """In the first step: the ranks compare what they hold, and learn what only some of them have seen."""
+        self.agree_on_name()
+        own = describe(self) | dict(self._more_to_compare() if self._more_to_compare else {})
+        own["unknown"] = sorted(self._names[p] for p in self.unknown)
+        own["frozen"] = sorted(self._names[p] for p in self._frozen_everywhere)
+        everyones = self.transport.gather_objects(own, self.name + ".agreement")
+        frozen = set(own["frozen"]).intersection(*(other.pop("frozen") for other in everyones))
+        sparse = sorted({name for other in everyones for name in other["sparse parameters"]})
+        for other in everyones:  # what has no gradient on a rank is sparse there if it is elsewhere
+            unknown = other.pop("unknown")
+            other["sparse parameters"] = [n for n in sparse if n in other["sparse parameters"] or n in unknown]
+        require_agreement(everyones, WAYS_OUT)
+        self.started = True
+        if self.sparse != set(sparse):
+            residuals, step = Buckets.export_residual(self), self.step
+            self.adopt(frozenset(sparse), self.fill(frozenset(sparse)))
+            self.import_residual(residuals, step)
+        self._hold_errors = True
+        self._frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
 
     def drain(self) -> None:
         """Returns when no collective is under way."""
@@ -267,18 +250,13 @@ class Session(Generic[Handle]):
         self.drain()
         self.settle()
         assert self._step is not None
-        waits_for = self._step.waits_for(self._bucket_of[p])
+        waits_for = self._step.waits_for(self.bucket_of[p])
         if waits_for:
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         gradient = self._step.gradients.pop(p)  # from here on it is the optimizer's, which may free it
-        if p in self._frozen:  # it must not move; 1-bit scales that it shares with others leave no zeros
+        if p in self._frozen_everywhere:  # it must not move; 1-bit scales that it shares with others leave no zeros
             gradient.zero_()
         return gradient
-
-    @property
-    def has_left(self) -> bool:
-        """Whether a bucket of the step under way has left."""
-        return self._step is not None and not self._step.flushed and self._step.launched
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
@@ -286,12 +264,14 @@ class Session(Generic[Handle]):
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
         self.pipeline.cancel()
+        if self._taking_part is not None:
+            self._await_who_takes_part()
         self._step = None
 
-    def abandon(self) -> None:
+    def drop(self) -> None:
         """Drops the step under way without waiting for other ranks, which may not take part any more."""
         self.pipeline.in_flight.clear()
-        self._step = None
+        self._step = self._taking_part = None
 
     # ---- between two steps
 
@@ -300,58 +280,37 @@ class Session(Generic[Handle]):
         step = self._step
         if self.pipeline.in_flight or (step is not None and not step.flushed):
             raise RuntimeError(
-                "DoubleSqueeze: gradients are under way; errors can be taken over between optimizer.step() and backward() alone"
+                "DoubleSqueeze: gradients are under way; errors can be read or replaced between optimizer.step() and "
+                "backward() alone"
             )
 
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
-        """The residual of this rank, or of all ranks together, which all call it, for each parameter that is compressed.
-
-        Raises
-        ------
-        RuntimeError
-            A step is under way.
-        """
+        """As `Buckets.export_residual`. Raises RuntimeError while a step is under way."""
         self.require_between_steps()
-        self.restore_frozen()
-        if of_all:
-            self.agree_on_name()
-        result: dict[str, Residual] = {}
-        for bucket in self.buckets:
-            error, velocity = residual.export_residual(bucket.exchange)
-            if of_all:
-                name = bucket.exchange.name
-                error = self.transport.sum(error, name + ".residual")
-                velocity = velocity if velocity is None else self.transport.sum(velocity, name + ".velocity")
-            result |= residual.by_parameter(bucket, error, velocity)
-        return result
-
-    def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
-        """Takes over residuals of these parameters from other buckets or ranks. What is not there is zero."""
-        for bucket in self.buckets:
-            residual.import_residual(bucket.exchange, *residual.by_bucket(bucket, residuals), step)
+        return super().export_residual(of_all)
 
     def restart(self, options: Options) -> None:
-        """Goes on with other compressors, in new buckets whose errors are zero, between two steps.
-
-        The next step begins as the first one did: the ranks compare what they hold.
-        """
-        self.selection = replace(self.selection, options=options)
-        self._changes += 1
-        self.started = False
-        self.adopt(self.sparse, self.fill(self.sparse), hold_errors=True)
+        """As `Buckets.restart`. The next step begins as the first one did: the ranks compare what they hold."""
+        super().restart(options)
+        self.started, self._hold_errors = False, True
 
     def rescale(self, change: Change) -> None:
         """Multiplies what is held of each parameter; before a bucket of the step has left."""
         self.restore_frozen()
         for bucket in self.buckets:
-            residual.rescale(bucket, change.scale, [change.rates.get(name, 1.0) for name in bucket.names])
+            rates = [change.rates.get(name, 1.0) for name in bucket.names]
+            rescale(bucket, change.scale, rates, self.units.scale)
         if self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
-                self._frozen.update(p, self._bucket_of[p])
+                self.frozen.update(p, self.bucket_of[p])
 
-    def restore_frozen(self) -> None:
-        """What is held of frozen parameters lies with all the rest until the next step."""
-        self._frozen.restore_all()
+
+def _require_dtype(name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
+    if dtype not in COMPRESSIBLE or dtype != of_bucket:
+        raise ValueError(
+            f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
+            "be compressed; convert the model, as model.double() does, before making the optimizer"
+        )
 
 
 WAYS_OUT = {

@@ -8,6 +8,7 @@ from typing import Generic
 
 from torch import Tensor
 
+from .checksum import digest
 from .exchange import Exchange, Handle, InFlight
 from .pipeline import Pipeline
 from .units import Units
@@ -46,10 +47,18 @@ class Step(Generic[Handle]):
         Whether no bucket leaves before `release`.
     units
         Of the gradients: where a scaler of the loss may skip the step, nothing is decoded before it is known whether.
+    checks_values
+        Whether a change of a gradient is found by its values too, which costs a pass: through ``p.grad.data`` no version tells.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket[Handle]], pipeline: Pipeline[Handle], in_order: bool, held: bool, units: Units
+        self,
+        buckets: Sequence[Bucket[Handle]],
+        pipeline: Pipeline[Handle],
+        in_order: bool,
+        held: bool,
+        units: Units,
+        checks_values: bool = False,
     ) -> None:
         self.gradients: dict[Tensor, Tensor] = {}
         """The gradient of each parameter that has one, as it was handed over."""
@@ -63,20 +72,24 @@ class Step(Generic[Handle]):
         self._units = units
         self.settled = False
         """Whether it is known if a scaler of the loss will skip the step."""
-        self.launched = False
-        """Whether a bucket has left."""
+        self._checks_values = checks_values
+        self._values: dict[Tensor, str] = {}
         self._seen: dict[Tensor, int] = {}  # the versions of gradients that nobody else may change
         self.arrange(buckets)
 
     def arrange(self, buckets: Sequence[Bucket[Handle]]) -> None:
         """Goes on with other buckets; only before any has left."""
+        self.gradients = {p: self.gradients[p] for bucket in buckets for p in bucket.parameters if p in self.gradients}
         self._missing = {bucket: {p for p in bucket.parameters if p not in self.gradients} for bucket in buckets}
 
     def ready(self, p: Tensor, bucket: Bucket[Handle]) -> None:
         """Takes over the gradient of a parameter. Sends its bucket if that was the last one, and never waits."""
         assert p.grad is not None
         self.gradients[p] = p.grad
-        self._seen[p] = p.grad._version
+        if p.grad.untyped_storage().nbytes() == p.grad.numel() * p.grad.element_size():  # slices of a tensor share its version
+            self._seen[p] = p.grad._version
+        if self._checks_values:
+            self._values[p] = digest([("", p.grad)])
         bucket.exchange.streams.mark_ready()
         self._missing[bucket].discard(p)
         if not self._held:
@@ -106,16 +119,19 @@ class Step(Generic[Handle]):
                     "move the model before making the optimizer"
                 )
         del self._missing[bucket]
-        self.launched = True
         bucket.exchange.streams.wait_for_producers(gradients)
         self._pipeline.add(_BucketInFlight(self, bucket, gradients, self._units.may_skip))
 
     def changed(self) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
-        for p, version in self._seen.items():
-            if p.grad is not self.gradients[p] or p.grad._version != version:
+        for p, gradient in self.gradients.items():
+            if p.grad is not gradient or gradient._version != self._seen.get(p, gradient._version):
+                return p
+        for p, values in self._values.items():
+            if digest([("", self.gradients[p])]) != values:
                 return p
         self._seen.clear()
+        self._values.clear()
         return None
 
     def note_written(self, bucket: Bucket[Handle]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .units import rescaled
+
 
 def require_dense(name: str, gradient: Tensor, option: str, value: float) -> None:
     """Raises ValueError for the sparse gradient of a parameter, which an option cannot treat."""
@@ -36,8 +38,9 @@ def clip(gradients: Sequence[tuple[str, Tensor]], max_norm: float) -> None:
     if not gradients:
         return
     home = gradients[0][1].device
-    norms = [torch.linalg.vector_norm(g).float().to(home) for _, g in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = _norm(gradients, None if home.type == "cpu" else torch.float64)
+    if home.type == "cpu" and norm.isinf():  # a square may have overflowed, of values that are far from that
+        norm = _norm(gradients, torch.float64)
     if home.type != "cpu":  # nobody waits for the norm
         factor = torch.where((norm > max_norm) & norm.isfinite(), max_norm / norm, 1.0)
         for _, gradient in gradients:
@@ -45,6 +48,13 @@ def clip(gradients: Sequence[tuple[str, Tensor]], max_norm: float) -> None:
     elif max_norm < float(norm) < math.inf:
         for _, gradient in gradients:
             gradient.mul_(max_norm / float(norm))
+
+
+def _norm(gradients: Sequence[tuple[str, Tensor]], dtype: torch.dtype | None) -> Tensor:
+    norms = [torch.linalg.vector_norm(g, dtype=dtype) for _, g in gradients]
+    home = gradients[0][1].device
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(home, dtype or torch.float32) for norm in norms]))
+    return norm
 
 
 class Velocities:
@@ -77,14 +87,15 @@ class Velocities:
         u = self._of.get(name)
         if u is None:
             u = self._of[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        finite = gradient.isfinite()
-        u.copy_(torch.where(finite, u * self._momentum + gradient, u))
-        gradient.copy_(torch.where(finite, u, gradient))
+        finite, largest, of_gradient = gradient.isfinite(), torch.finfo(u.dtype).max, torch.finfo(gradient.dtype).max
+        # An infinite velocity would never go away.
+        u.copy_(torch.where(finite, (u * self._momentum + gradient).clamp_(-largest, largest), u))
+        gradient.copy_(torch.where(finite, u.clamp(-of_gradient, of_gradient), gradient))
 
     def rescale(self, factor: float) -> None:
         """Multiplies all of them, because gradients are in other units from now on."""
         for velocity in self._of.values():
-            velocity.mul_(factor)
+            rescaled(velocity, factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """By name, not copied."""

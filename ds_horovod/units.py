@@ -6,6 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+LARGEST = torch.finfo(torch.float32).max
+
 
 class Change(NamedTuple):
     """By what to multiply what is kept."""
@@ -14,6 +19,15 @@ class Change(NamedTuple):
     """Of errors and velocities: the loss scale, new over old."""
     rates: Mapping[str, float]
     """Of the errors of a parameter, by name: its learning rate, old over new. None for those that have kept theirs."""
+
+
+def rescaled(array: Tensor, factor: float, largest: float = LARGEST / 4) -> Tensor:
+    """Multiplies an array in place; what grows ends at a limit.
+
+    An infinite error would never go away, where the loss scale grew too far or the learning rate fell to next to nothing.
+    """
+    array.mul_(min(factor, LARGEST))  # zero times infinity would be NaN
+    return array.clamp_(-largest, largest) if factor > 1 else array
 
 
 class Units:

@@ -1,5 +1,16 @@
+import importlib.util
+import os
+
 import pytest
 import torch
+
+# Without Horovod there is nothing to test of benchmarks of Horovod.
+NEED_HOROVOD = ["test_bandwidth.py", "test_cluster.py", "test_convergence.py", "test_gpu_benchmark.py", "test_results.py"]
+collect_ignore = [] if importlib.util.find_spec("horovod") else NEED_HOROVOD
+
+
+def pytest_report_header():
+    return f"Horovod is not installed, so these are left out: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -8,8 +19,19 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
+def pytest_xdist_auto_num_workers(config):
+    """Two more than cores: jobs sleep, until a timeout of Gloo or a stall is over, as often as they compute."""
+    return len(os.sched_getaffinity(0)) + (0 if config.option.markexpr == "not jobs" else 2)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups afterwards
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+    # What takes long begins first, so that short tests fill the end.
+    items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+        # A worker takes all cases of a test that is no job: one by one, handing them out would take longer than most of them.
+        if not item.get_closest_marker("jobs"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("[")[0]))

@@ -30,6 +30,7 @@ from ds_horovod.kernels.formats import (
 from ds_horovod.layout import Layout, Piece
 
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 _NAN_BFLOAT16 = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16)
@@ -264,6 +265,12 @@ def _one_bit_values(format: OneBitFormat, pieces: Sequence[Piece], chunk: Tensor
 # ---- levels
 
 
+def widest_step(levels: int) -> float:
+    """The widest step of which so many fit a float32."""
+    step = torch.tensor(_LARGEST) / levels
+    return float(step if (step * levels).isfinite() else torch.nextafter(step, torch.zeros(())))
+
+
 def quantize_encode(
     format: QuantizeFormat, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor
 ) -> None:
@@ -277,13 +284,15 @@ def quantize_encode(
             blocks = flush(torch.nn.functional.pad(v, (0, -len(v) % format.block)).view(-1, format.block))
             scale = ordered_sums(flush(blocks * blocks)).double().sqrt().float() if format.l2 else blocks.abs().amax(1)
             finite = scale <= torch.finfo(torch.float32).max
-            step = flush(scale / format.levels)
+            step = flush(scale / format.levels).clamp_max(widest_step(format.levels))
             start = shard * layout.shard_numel + piece.offset
             draw = torch.tensor(0.5)
             if format.stochastic:
                 draw = uniforms(format.seed, state, start + torch.arange(blocks.numel())).view(blocks.shape)
-            inverse = (torch.full_like(scale, format.levels) / scale).clamp_max(torch.finfo(torch.float32).max)
-            level = (flush(blocks.abs() * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
+            shrink = torch.where(scale > 2.0**100, 2.0**-30, 1.0)
+            inverse = (torch.full_like(scale, format.levels) / (scale * shrink)).clamp_max(torch.finfo(torch.float32).max)
+            small = flush(blocks.abs() * shrink[:, None])
+            level = (flush(small * flush(inverse)[:, None]) + draw).clamp_max(format.levels).trunc()
             level = torch.where(finite[:, None], level, 0.0).copysign(blocks)
             first = piece.offset // format.block
             chunk = chunks[shard]
@@ -435,8 +444,8 @@ def random_k_encode(
         else:
             header[3], values[0] = ALL_NOT_FINITE, torch.nan
             if gradients is not None:
-                rest = flush(flush(v) - flush(u))
-                u = flush(flush(u - flush(g)) / torch.tensor(state.momentum))
+                rest = flush(flush(v) - flush(u)).clamp(-_LARGEST, _LARGEST)
+                u = flush(flush(u - flush(g)) / torch.tensor(state.momentum)).clamp(-_LARGEST, _LARGEST)
         chunks[shard, :RANDOM_K_HEADER].view(torch.int32).copy_(torch.tensor(header))
         for kept, new in ((state.error, rest), (state.velocity, u)):
             if kept is not None:
@@ -746,10 +755,10 @@ class Family:
         bits = torch.from_numpy(np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")).bool()
         where, e, u = bits & sent.isfinite() & g.isfinite(), state.error, state.velocity
         if u is None:
-            return e.copy_(torch.where(where, e + sent - g, e))
+            return e.copy_(torch.where(where, (e + sent - g).clamp(-_LARGEST, _LARGEST), e))
         cleared = sent != 0 if sparse else torch.zeros_like(where)
-        e.copy_(torch.where(where, e + sent - torch.where(cleared, g, u), e))
-        u.copy_(torch.where(where & ~cleared, (u - g) / state.momentum, u))
+        e.copy_(torch.where(where, (e + sent - torch.where(cleared, g, u)).clamp(-_LARGEST, _LARGEST), e))
+        u.copy_(torch.where(where & ~cleared, ((u - g) / state.momentum).clamp(-_LARGEST, _LARGEST), u))
 
     def _flat(self, format, layout, chunks):
         """The values of a payload in the flat array of the layout."""

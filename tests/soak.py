@@ -48,20 +48,20 @@ def kill(seed: int) -> dict:
     ranks, victim_of, moment = draw.choice([2, 3, 4]), draw.random(), draw.uniform(0.0, 4.0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.pt"
-        with separate_ranks(ranks, SCRIPT, "1000000", "--checkpoint", str(file)) as processes:
-            for process in processes:
-                process.stdout.readline()  # it has begun
+        with separate_ranks(ranks, SCRIPT, "1000000", "--checkpoint", str(file)) as started:
+            while not all(rank.output for rank in started):  # each says that it has begun
+                time.sleep(0.05)
             time.sleep(moment)
             victim = int(victim_of * ranks)
-            processes[victim].send_signal(signal.SIGKILL)
+            started[victim].kill()
             start = time.monotonic()
-            others = [p for p in processes if p is not processes[victim]]
-            while time.monotonic() - start < PATIENCE and any(p.poll() is None for p in others):
+            others = [rank for rank in started if rank is not started[victim]]
+            while time.monotonic() - start < PATIENCE and any(rank.exitcode is None for rank in others):
                 time.sleep(0.05)
             seconds = time.monotonic() - start
-            hang = any(p.poll() is None for p in others)
-            ends = [p.returncode for p in others]
-            outputs = [] if hang else [p.stdout.read() for p in others]
+            hang = any(rank.exitcode is None for rank in others)
+            ends = [rank.exitcode for rank in others]
+            outputs = [] if hang else [rank.output for rank in others]
         checkpoint = "none yet"
         if file.exists():
             checkpoint = "whole" if torch.load(file, weights_only=True)["errors"]["buckets"] else "empty"

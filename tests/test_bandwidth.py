@@ -11,7 +11,7 @@ from pathlib import Path
 import bandwidth
 import pytest
 from cluster_jobs import BENCHMARKS, eventually, needs_root, processes
-from horovod_jobs import ROOT, horovodrun
+from horovod_jobs import ROOT, run_ranks
 from methods import NAMES, is_known
 
 
@@ -124,6 +124,7 @@ def ranks_of(mark):
 
 
 @needs_root
+@pytest.mark.jobs
 def test_when_a_host_dies_the_results_so_far_are_kept(tmp_path):
     file, mark = tmp_path / "x.json", "0.123456789"  # its seconds, which no other sweep has
     arguments = ["--models", "gpt", "--hosts", "2", "--rates", "1gbit", "200kbit", "--methods", "noop", "none"]
@@ -157,10 +158,11 @@ def clusters_of(mark):
     return lines
 
 
+@pytest.mark.jobs
 def test_all_methods_train_the_same_replicas():
     """Under horovodrun, where no interface is a host's own. `step_times.py` fails where replicas differ."""
     methods = [method for method in bandwidth.METHODS if method != "noop"]
-    output = horovodrun(2, "benchmarks/step_times.py", *methods, "--model", "gpt", "--batch-size", "1", "--max-steps", "2")
+    output = run_ranks(2, "benchmarks/step_times.py", *methods, "--model", "gpt", "--batch-size", "1", "--max-steps", "2")
     results = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '"method"' in line]
     assert [r["method"] for r in results] == methods
     assert all(r["wire_bytes_sent"] is None and r["bytes_sent"] > 0 and r["seconds_per_step"] > 0 for r in results)

@@ -366,3 +366,102 @@ def test_a_state_of_an_optimizer_is_not_one_of_tensors(used):
     state = Run(bucket_cap_mb=None).states()[0]
     with pytest.raises(ValueError, match="DoubleSqueeze"):
         used[0][0].load_state_dict(through_a_file(state))
+
+
+def malformed(state, path, value):
+    """A copy with another value at a place; None of these: without the key."""
+    state = copy.deepcopy(state)
+    *way, last = path
+    at = state
+    for key in way:
+        at = at[key]
+    if value is KeyError:
+        del at[last]
+    else:
+        at[last] = value
+    return state
+
+
+OF_ANY = [
+    (("format",), 3, "of format 3"),
+    (("sparse",), "a", r"sparse must be a list of names, got 'a'"),
+    (("sparse",), KeyError, "sparse is missing"),
+    (("units",), KeyError, "units is missing"),
+    (("units", "scale"), "1", r"units\.scale must be positive and finite, got '1'"),
+    (("units", "scale"), float("nan"), r"units\.scale must be"),
+    (("units", "learning_rates"), {"first": "fast"}, r"units\.learning_rates must be numbers by name"),
+    (("velocities",), KeyError, "velocities is missing"),
+    (("velocities",), [1], "velocities must be floating-point tensors by name, got list"),
+    (("velocities", "bias"), torch.full((9,), torch.nan), "velocities of bias that are not finite"),
+    (("velocities", "bias"), torch.zeros(8), r"velocities of bias of shape \(8,\), here \(9,\)"),
+    (("velocities", "other"), torch.zeros(8), "velocities of other, which is not a parameter here"),
+]
+OF_ONE_RANK = [
+    (("buckets",), {}, "buckets must be a list of dicts"),
+    (("buckets", 1), None, "buckets must be a list of dicts"),
+    (("buckets", 0, "step"), KeyError, r"buckets\[0\]\.step is missing"),
+    (("buckets", 0, "step"), "3", r"buckets\[0\]\.step must be a whole number, 0 or more, got '3'"),
+    (("buckets", 1, "worker_error"), [0.0], r"buckets\[1\]\.worker_error must be a floating-point tensor, or None, got list"),
+    (("buckets", 1, "server_error"), torch.zeros(3, dtype=torch.int64), r"buckets\[1\]\.server_error must be"),
+    (("buckets", 1, "velocity"), torch.zeros(3), r"bucket 1 has a velocity of shape \(3,\)"),
+]
+OF_ALL = [
+    (("step",), KeyError, "step is missing"),
+    (("step",), -1, "step must be a whole number, 0 or more, got -1"),
+    (("errors",), None, "errors must be floating-point tensors by name, got None"),
+    (("errors", "first"), torch.zeros(8, 40).index_fill(0, torch.tensor(1), torch.inf), "errors of first that are not finite"),
+    (("errors", "first"), torch.zeros(3), r"errors of first of shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("before_the_optimizer", [False, True])
+@pytest.mark.parametrize("kind, path, value, message", [
+    *(("state_dict", *case) for case in OF_ANY + OF_ONE_RANK), *(("full_state_dict", *case) for case in OF_ANY + OF_ALL),
+])  # fmt: skip
+def test_a_malformed_state_changes_nothing(kind, path, value, message, before_the_optimizer):
+    options = {"compressors": (TopK(0.1), TopK(0.1)), "momentum": 0.5}
+    run, g = Run(**options), generator(0)
+    for _ in range(2):
+        run.step(g)
+    squeeze = run.squeezes[0]
+    good = through_a_file(getattr(squeeze, kind)())
+    good["velocities"].setdefault("bias", torch.zeros(9))
+    state = malformed(good, path, value)
+    if before_the_optimizer:
+        with pytest.raises(ValueError, match=message):
+            Run(states=[state] * 2, **options)
+        return
+    run.step(g)
+    before = through_a_file(squeeze.state_dict())
+    with pytest.raises(ValueError, match=message):
+        squeeze.load_state_dict(state)
+    assert_equal_states(squeeze.state_dict(), before)
+
+
+def test_errors_that_are_not_finite_are_refused_by_name():
+    run = Run()
+    state = copy.deepcopy(run.states()[0])
+    state["buckets"][0]["worker_error"][3] = torch.nan
+    name = state["buckets"][0]["parameters"][0]
+    with pytest.raises(ValueError, match=f"worker_error of bucket 0, of {name} and others, that are not finite"):
+        run.squeezes[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [None, 3, [1]], ids=repr)
+def test_what_is_no_state(state):
+    for squeeze in (DoubleSqueeze(), Run().squeezes[0]):
+        with pytest.raises(ValueError, match="a state must be what state_dict"):
+            squeeze.load_state_dict(state)
+
+
+def test_a_state_in_mid_step_is_refused():
+    run, g = Run(), generator(0)
+    run.step(g)
+    squeeze, session, (p, *_) = run.squeezes[0], run.sessions[0], run.parameters[0]
+    state = squeeze.state_dict()
+    p.grad = torch.zeros_like(p)
+    session.admit(p)
+    session.ready(p)
+    for call in (squeeze.state_dict, squeeze.full_state_dict, lambda: squeeze.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match="gradients are under way"):
+            call()

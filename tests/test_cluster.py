@@ -45,6 +45,7 @@ def test_bad_arguments(arguments, message):
 
 
 @needs_root
+@pytest.mark.jobs
 def test_without_privileges_it_says_what_it_needs():
     command = [sys.executable, str(BENCHMARKS / "cluster.py"), "--hosts", "2", "--", "true"]
     result = subprocess.run(["setpriv", "--bounding-set=-sys_admin", *command], capture_output=True, text=True, check=False)
@@ -53,6 +54,7 @@ def test_without_privileges_it_says_what_it_needs():
 
 
 @needs_root
+@pytest.mark.jobs
 def test_each_host_is_a_machine_of_its_own():
     script = "hostname; tc qdisc show dev eth0; echo rank=$HOROVOD_RANK of $HOROVOD_SIZE local=$HOROVOD_LOCAL_SIZE"
     before = links()
@@ -66,6 +68,7 @@ def test_each_host_is_a_machine_of_its_own():
 
 
 @needs_root
+@pytest.mark.jobs
 def test_bytes_on_the_wire_are_those_that_are_sent():
     arguments = ["noop", "none", "topk-1%", "onebit-allgather", "--model", "gpt", "--batch-size", "1", "--max-steps", "3"]
     command = ["--hosts", "3", "--", sys.executable, str(BENCHMARKS / "step_times.py"), *arguments]
@@ -80,6 +83,7 @@ def test_bytes_on_the_wire_are_those_that_are_sent():
 
 
 @needs_root
+@pytest.mark.jobs
 def test_two_clusters_at_once():
     script = 'sleep 1; ping_count=$(grep -c eth0 /proc/net/dev); echo "$ping_count $(hostname)"'
     both = [start("--hosts", "2", "--rate", rate, "--", "sh", "-c", script) for rate in ("1gbit", "100mbit")]
@@ -90,6 +94,7 @@ def test_two_clusters_at_once():
 
 
 @needs_root
+@pytest.mark.jobs
 @pytest.mark.parametrize("death", ["exit 3", "kill -9 $$"])
 def test_a_host_that_dies_is_named_and_takes_nobody_along_in_silence(death):
     mark = f"mark-{uuid.uuid4()}"
@@ -104,6 +109,7 @@ def test_a_host_that_dies_is_named_and_takes_nobody_along_in_silence(death):
 
 
 @needs_root
+@pytest.mark.jobs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_is_left_after_a_signal(number):
     mark, before = f"mark-{uuid.uuid4()}", links()

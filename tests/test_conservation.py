@@ -1,4 +1,4 @@
-"""The law of the exchange: nothing that compression takes away is lost, element by element.
+"""The law of the exchange: what compression removes stays in a residual, element by element.
 
 mean_i(g_i + e_i) + E == out + mean_i(e_i') + E'
 """
@@ -68,8 +68,8 @@ class Group:
         errors = [e.server_error for e in self.simulation.exchanges if e.server_error is not None]
         return gathered(self.layout, torch.cat(errors))
 
-    def waiting(self):
-        """What waits in the errors, as it will count."""
+    def residual(self):
+        """mean_i(e_i) + E, or the sum."""
         return self.weight * sum(e.double() for e in self.worker_errors()) + self.server_error().double()
 
     def velocities(self):
@@ -86,10 +86,10 @@ class Group:
 
 def check_law(group, gradients, where=slice(None)):
     """Takes a step and compares both sides of the law. Returns what the workers have got."""
-    before = group.given(gradients) + group.waiting()
+    before = group.given(gradients) + group.residual()
     output = group.step(gradients)
-    after = output.double() + group.waiting()
-    largest = max([1.0, *(float(x[where].abs().max()) for x in (before, output, group.waiting()))])
+    after = output.double() + group.residual()
+    largest = max([1.0, *(float(x[where].abs().max()) for x in (before, output, group.residual()))])
     assert (before - after)[where].abs().max() <= TOLERANCE * largest
     return output
 
@@ -114,7 +114,7 @@ def test_fifty_steps_keep_the_law(pair, workers, server):
         gradients = group.gradients(g)
         given += group.given(gradients)
         got += group.step(gradients).double()
-    kept = group.waiting()
+    kept = group.residual()
     largest = max(float(given.abs().max()), float(kept.abs().max()))
     assert (given - got - kept).abs().max() <= TOLERANCE * largest
 
@@ -130,7 +130,7 @@ def test_sixty_four_workers(server):
 @pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
 @pytest.mark.parametrize("server", [None, 1])
 @every_pair
-def test_what_float16_cannot_hold_waits(pair, server, average):
+def test_the_residual_keeps_what_float16_cannot_hold(pair, server, average):
     """Errors make replies larger than any gradient; all gradients are as large as float16 holds, so that every code does."""
     g = generator(4)
     group = Group(pair, 2, server, average)
@@ -138,11 +138,11 @@ def test_what_float16_cannot_hold_waits(pair, server, average):
     for step in range(6):
         own = [(torch.randn(size, generator=g) * 65504 * (step < 3)).clamp(-65504, 65504).half() for size in SIZES]
         gradients = [own, [-x if step % 2 else x for x in own]]
-        before = group.given(gradients) + group.waiting()
+        before = group.given(gradients) + group.residual()
         output = group.step(gradients)
         assert output.dtype == torch.float16 and output.isfinite().all()
         cut = cut or bool((output.abs() == 65504).any())
-        difference = (before - output.double() - group.waiting()).abs()
+        difference = (before - output.double() - group.residual()).abs()
         assert (difference <= 2**-11 * output.double().abs() + TOLERANCE * before.abs().max()).all()
     assert cut or any(isinstance(q, OneBit) for q in pair)  # whose values are means
 
@@ -156,9 +156,9 @@ def replied(compressor, layout, tensors, step, server):
     for shard, pieces in enumerate(layout.pieces):
         alone = layout.shard(shard)
         parts = [tensors[p.tensor][p.first : p.first + p.numel].clone() for p in pieces]
-        memory = FeedbackState(step=step, sender=2 * (shard if server is None else server) + 1, first_shard=shard)
+        state = FeedbackState(step=step, sender=2 * (shard if server is None else server) + 1, first_shard=shard)
         payload = torch.zeros(1, compressor.chunk_nbytes(alone), dtype=torch.uint8)
-        compressor.encode(alone, parts, memory, payload)
+        compressor.encode(alone, parts, state, payload)
         compressor.decode(alone, payload, parts)
         for piece, part in zip(pieces, parts, strict=True):
             values[piece.tensor][piece.first : piece.first + piece.numel] = part
@@ -213,10 +213,10 @@ def test_the_algorithm_line_by_line(pair, server, average, worker_error, server_
 
 def check_law_where_finite(group, gradients):
     """As `check_law`, where the result is finite, and the errors must be finite everywhere."""
-    before = group.given(gradients) + group.waiting()
+    before = group.given(gradients) + group.residual()
     output = group.step(gradients)
-    after = output.double() + group.waiting()
-    assert group.waiting().isfinite().all()
+    after = output.double() + group.residual()
+    assert group.residual().isfinite().all()
     finite = output.isfinite()
     assert ((before - after)[finite].abs() <= 1e-4).all()
     return output
@@ -236,8 +236,8 @@ def test_one_worker_is_not_finite(pair, workers, server, value):
     gradients[-1][1][333] = value
     place = SIZES[0] + 333
 
-    lost = ~check_law_where_finite(group, gradients).isfinite()
-    assert lost[place]
+    nonfinite = ~check_law_where_finite(group, gradients).isfinite()
+    assert nonfinite[place]
     *others, own = group.worker_errors()
     assert_same_bits(own[place], own_before[place], "the worker's error:")
     if isinstance(pair[0], OneBit):
@@ -245,8 +245,8 @@ def test_one_worker_is_not_finite(pair, workers, server, value):
         block = slice(SIZES[0] + start, SIZES[0] + min(start + pair[0].block, SIZES[1]))
         assert_same_bits(own[block], own_before[block], "the worker's error in the block:")
     for after, before in zip([own, *others], [own_before, *others_before], strict=True):
-        torch.testing.assert_close(after[lost], before[lost], rtol=0, atol=1e-5)
-    assert_same_bits(group.server_error()[lost], server_before[lost], "server error:")
+        torch.testing.assert_close(after[nonfinite], before[nonfinite], rtol=0, atol=1e-5)
+    assert_same_bits(group.server_error()[nonfinite], server_before[nonfinite], "server error:")
     assert check_law(group, group.gradients(g)).isfinite().all()
 
 
@@ -276,10 +276,10 @@ def test_a_sum_of_finite_values_overflows(pair, huge, where, server):
     gradients = group.gradients(g)
     for worker in gradients:
         worker[1][where] = huge
-    lost = ~group.step(gradients).isfinite()
-    assert lost.any()
+    nonfinite = ~group.step(gradients).isfinite()
+    assert nonfinite.any()
     for error in (*group.worker_errors(), group.server_error()):
-        assert error.isfinite().all() and error[lost].abs().max() < 100
+        assert error.isfinite().all() and error[nonfinite].abs().max() < 100
     for _ in range(3):
         assert check_law(group, group.gradients(g)).isfinite().all()
 
@@ -327,19 +327,19 @@ def test_what_is_not_finite_leaves_the_velocity_alone(pair, server):
     for _ in range(3):
         check_law(group, group.gradients(g))
 
-    def waits():  # of each worker: what its next step starts from
+    def starts():  # of each worker: what its next step starts from
         return [e.double() + 0.9 * u.double() for e, u in zip(group.worker_errors(), group.velocities(), strict=True)]
 
-    before, own_velocity, own_error = waits(), group.velocities()[-1], group.worker_errors()[-1]
+    before, own_velocity, own_error = starts(), group.velocities()[-1], group.worker_errors()[-1]
     gradients = group.gradients(g)
     gradients[-1][1][333] = math.nan
     place = SIZES[0] + 333
-    lost = ~group.step(gradients).isfinite()
-    assert lost[place]
+    nonfinite = ~group.step(gradients).isfinite()
+    assert nonfinite[place]
     assert_same_bits(group.velocities()[-1][place], own_velocity[place])
     assert_same_bits(group.worker_errors()[-1][place], own_error[place])
-    for after, was in zip(waits(), before, strict=True):
-        torch.testing.assert_close(after[lost], was[lost], rtol=0, atol=1e-5)
+    for after, was in zip(starts(), before, strict=True):
+        torch.testing.assert_close(after[nonfinite], was[nonfinite], rtol=0, atol=1e-5)
     assert check_law(group, group.gradients(g)).isfinite().all()
 
 
@@ -355,7 +355,7 @@ def test_a_warm_up_is_uncompressed(momentum, server):
     for step in range(6):
         gradients = group.gradients(g)
         if step == 3:
-            assert group.waiting().abs().max() == 0
+            assert group.residual().abs().max() == 0
         output = check_law(group, gradients)
         velocity = momentum * velocity + 0.5 * (torch.cat(gradients[0]) + torch.cat(gradients[1]))
         if step < 3:

@@ -20,7 +20,7 @@ import tasks
 import torch
 from common import Cells
 from convergence import RECIPES, InProcess, Recipe
-from horovod_jobs import horovodrun
+from horovod_jobs import run_ranks
 from learning import ADVICE
 
 import ds_horovod
@@ -321,11 +321,12 @@ def main(monkeypatch, *arguments):
     return made
 
 
+@pytest.mark.jobs
 def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
     file = tmp_path / "x.json"
     recipes = ["none", "onebit", "quantize-4", "topk-1%-momentum", "sign-4.5%-momentum"]
     arguments = ["--task", "digits", "--steps", "20", "--seeds", "1", "--json", str(file), "--recipes", *recipes]
-    horovodrun(2, "benchmarks/convergence.py", *arguments, "ddp-powersgd-1")
+    run_ranks(2, "benchmarks/convergence.py", *arguments, "ddp-powersgd-1")
     assert main(monkeypatch, *arguments, "--workers", "2") == [(RECIPES[name], 2, 1) for name in recipes]
     cells = {(cell["recipe"], cell["transport"]): cell for cell in json.loads(file.read_text())["cells"]}
     assert len(cells) == 2 * len(recipes) + 1
@@ -356,10 +357,11 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
         main(monkeypatch, *arguments, "--steps", "21")
 
 
+@pytest.mark.jobs
 def test_powersgd_clips_what_each_rank_gives(tmp_path):
     file = tmp_path / "x.json"
     arguments = ["--task", "gpt-sgd", "--steps", "3", "--json", str(file), "--recipes", "ddp-powersgd-1"]
-    horovodrun(2, "benchmarks/convergence.py", *arguments)
+    run_ranks(2, "benchmarks/convergence.py", *arguments)
     (cell,) = json.loads(file.read_text())["cells"]
     task = tasks.make("gpt-sgd", 2, steps=3)
     losses = {}

@@ -51,7 +51,7 @@ def on_cuda():
 
 
 def compare(what, run):
-    """Runs on the CPU and on emulated kernels, and compares all that comes of it."""
+    """Runs on the CPU and on emulated kernels, and compares all results."""
     expected = run()
     with on_cuda():
         actual = run()
@@ -60,31 +60,31 @@ def compare(what, run):
         assert_same_bits(actual[name], values, f"{name} ({what})")
 
 
-def kept(memory):
-    return {name: x for name, x in (("error", memory.error), ("velocity", memory.velocity)) if x is not None}
+def arrays_of(state):
+    return {name: x for name, x in (("error", state.error), ("velocity", state.velocity)) if x is not None}
 
 
-def memory_of(codec, error, **more):
+def state_with(codec, error, **more):
     """With a velocity too, where the compressor can have one."""
-    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1, **more)
+    state = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1, **more)
     if codec.sparse and error is not None:
-        memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
-    return memory
+        state.velocity, state.momentum = error.roll(1) * 0.5, 0.9
+    return state
 
 
 def passes(codec, layout, gradients, error, dtype):
-    """Encodes, decodes and accumulates; all that comes of it."""
-    memory = memory_of(codec, error)
+    """Encodes, decodes and accumulates, and returns all results."""
+    state = state_with(codec, error)
     if gradients is None:
-        memory.velocity = None
+        state.velocity = None
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, gradients, memory, payload)
+    codec.encode(layout, gradients, state, payload)
     decoded = [torch.full((numel,), 7, dtype=dtype) for numel in layout.numels]
     codec.decode(layout, payload, decoded)
     totals = torch.randn(layout.shards, layout.shard_numel, generator=generator(1))
     for shard, total in enumerate(totals):
         codec.accumulate(layout.shard(shard), payload[shard].repeat(2, 1), 0.3, total)
-    return {"payload": payload, "decoded": torch.cat(decoded), "totals": totals, **kept(memory)}
+    return {"payload": payload, "decoded": torch.cat(decoded), "totals": totals, **arrays_of(state)}
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -126,10 +126,10 @@ def served(codec, pusher, layout, error, content, weight, workers=3):
         pusher.encode(
             layout, make(contents, layout.numels, torch.float32, seed=worker), FeedbackState(step=5, bucket=2), payload
         )
-    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3)
+    state = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3)
     reply = torch.zeros(codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.serve(layout, pushed[:, 0], pusher, weight, memory, reply)
-    return {"reply": reply, **kept(memory)}
+    codec.serve(layout, pushed[:, 0], pusher, weight, state, reply)
+    return {"reply": reply, **arrays_of(state)}
 
 
 @pytest.mark.parametrize("content", ["normal", "zeros", "denormals", "sums overflow", "not finite"])
@@ -163,14 +163,14 @@ def test_rollback_where_the_reply_is_not_finite(codec, emulated):
         gradients, bad = make(own, sizes, torch.float16), make("not finite", sizes, torch.float32)
         replies, payload = (torch.zeros(2, c.chunk_nbytes(layout), dtype=torch.uint8) for c in (server, codec))
         server.encode(layout, bad, FeedbackState(), replies)
-        memory = memory_of(codec, error)
-        codec.encode(layout, gradients, memory, payload)
+        state = state_with(codec, error)
+        codec.encode(layout, gradients, state, payload)
         mask = server.nonfinite_mask(layout, replies)
         assert mask is not None
-        codec.rollback(layout, payload, mask, gradients, memory)
+        codec.rollback(layout, payload, mask, gradients, state)
         real = spread(layout, [torch.ones(n) for n in sizes]).bool()
         bits = (mask[:, None] >> torch.arange(32) & 1).bool().view(-1)
-        return {"mask": bits & real, **kept(memory)}
+        return {"mask": bits & real, **arrays_of(state)}
 
     compare("own reply", run)
     compare("element by element", lambda: run(Cast()))
@@ -232,7 +232,7 @@ def test_corrupt_payloads_stay_inside(codec, emulated):
             layout.shard(0), noise, codec, 0.5, FeedbackState(torch.zeros(layout.shard_numel)), torch.zeros_like(noise[0])
         )
         codec.rollback(
-            layout, noise, codec.nonfinite_mask(layout, noise), decoded, memory_of(codec, torch.zeros(layout.numel))
+            layout, noise, codec.nonfinite_mask(layout, noise), decoded, state_with(codec, torch.zeros(layout.numel))
         )  # fmt: skip
         if isinstance(codec, RandomK | TopK):
             assert all(values.isnan().all() for values in decoded)
@@ -241,10 +241,10 @@ def test_corrupt_payloads_stay_inside(codec, emulated):
 @pytest.mark.parametrize("codec", ONE_BIT + QUANTIZE + ELEMENTS, ids=str)
 def test_at_most_three_launches_a_pass(codec, emulated):
     layout = pack([5, 100, 3000], codec.block, 1)
-    gradients, memory = make("normal", layout.numels, torch.float32), memory_of(codec, torch.zeros(layout.numel))
+    gradients, state = make("normal", layout.numels, torch.float32), state_with(codec, torch.zeros(layout.numel))
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
     runs = [
-        lambda: codec.encode(layout, gradients, memory, payload),
+        lambda: codec.encode(layout, gradients, state, payload),
         lambda: codec.serve(
             layout, payload, codec, 1.0, FeedbackState(torch.zeros(layout.numel)), torch.zeros_like(payload[0])
         ),
@@ -259,7 +259,7 @@ def test_at_most_three_launches_a_pass(codec, emulated):
 
 def cast_pass(**changes):
     layout = changes.pop("layout", pack([100], 32, 1))
-    arguments = {"gradients": [torch.zeros(100)], "memory": FeedbackState(torch.zeros(layout.numel))}
+    arguments = {"gradients": [torch.zeros(100)], "state": FeedbackState(torch.zeros(layout.numel))}
     arguments["chunks"] = torch.zeros(1, Cast().chunk_nbytes(layout), dtype=torch.uint8)
     arguments |= changes
     Cast().encode(layout, *arguments.values())
@@ -272,9 +272,9 @@ def cast_pass(**changes):
         ({"gradients": [torch.zeros(100, dtype=torch.float64)]}, "float64"),
         ({"gradients": [torch.zeros(100, device="meta")]}, "on cpu only, got one on meta"),
         ({"gradients": [torch.zeros(99)]}, "100 elements"),
-        ({"memory": FeedbackState(torch.zeros(256 + 1)[1:129])}, "aligned to 16 bytes"),
-        ({"memory": FeedbackState(torch.zeros(128).half())}, "float32"),
-        ({"gradients": None, "memory": FeedbackState()}, "nothing to encode"),
+        ({"state": FeedbackState(torch.zeros(256 + 1)[1:129])}, "aligned to 16 bytes"),
+        ({"state": FeedbackState(torch.zeros(128).half())}, "float32"),
+        ({"gradients": None, "state": FeedbackState()}, "nothing to encode"),
         ({"chunks": torch.zeros(1, 16, dtype=torch.uint8)}, "truncated"),
         ({"layout": Layout((0, 16), (10, 100), 1, 128)}, "start on blocks"),
     ],

@@ -40,10 +40,11 @@ def options(pusher, server, **more):
     return Options(pusher, server_compressor=server, **more)
 
 
-def simulated(pusher, server, one_server, dtype, bad, magnitude=1, **more):
+def simulated(pusher, server, one_server, dtype, bad, magnitude=1, average=True, **more):
     """Three steps, in the second of which worker 1 has gradients that are not finite; all that is left."""
     layout = pack(SIZES, math.lcm(pusher.block, server.block), 1 if one_server else WORKERS)
-    simulation = Simulation(layout, options(pusher, server, **more), WORKERS, 0 if one_server else None)
+    one = 0 if one_server else None
+    simulation = Simulation(layout, options(pusher, server, **more), WORKERS, one, average=average)
     results = {}
     for step in range(3):
         g = generator(step)
@@ -99,8 +100,8 @@ ONE_OF_EACH = [OneBit(96), Quantize(4), Ternary(96), Cast("bf16"), RandomK(0.5),
 
 
 @pytest.mark.parametrize("pusher", ONE_OF_EACH, ids=str)
-def test_what_float16_cannot_hold_waits(pusher, emulated):
-    run = lambda: simulated(pusher, pusher, True, torch.float16, False, 15000, weight=1.0)  # noqa: E731
+def test_the_residual_keeps_what_float16_cannot_hold(pusher, emulated):
+    run = lambda: simulated(pusher, pusher, True, torch.float16, False, 15000, average=False)  # noqa: E731
     assert max(output.max() for name, output in run().items() if "gradients" in name) == 65504 or isinstance(pusher, OneBit)
     compare(run)
 

@@ -19,6 +19,7 @@ from ds_horovod import Cast, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.kernels import launch
 from ds_horovod.layout import pack
 
+pytestmark = pytest.mark.jobs
 BARRIER = "__syncthreads();"
 BY_COMPARISON, BY_EMULATOR = 10, 11  # exit statuses
 FAULTS = {

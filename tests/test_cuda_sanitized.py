@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from emulator import sanitized
 
+pytestmark = pytest.mark.jobs
 HERE = Path(__file__).parent
 
 
@@ -13,9 +14,8 @@ HERE = Path(__file__).parent
 def test_emulated_kernels_stay_inside(tests):
     files = sorted(str(path) for path in HERE.glob("test_cuda_emulated*.py"))
     # Not captured: AddressSanitizer ends the process, and what pytest has captured with it.
-    result = sanitized(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=no", *files, "-k", tests]
-    )
+    options = ["-q", "-x", "-pno:cacheprovider", "-pno:xdist", "--capture=no"]
+    result = sanitized([sys.executable, "-m", "pytest", *options, *files, "-k", tests])
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert "passed" in result.stdout
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulator import SCHEDULES
 from support import assert_same_bits, generator, spread
-from test_cuda_emulated import compare, emulated, kept, on_cuda, passes  # noqa: F401
+from test_cuda_emulated import arrays_of, compare, emulated, on_cuda, passes  # noqa: F401
 from test_kernels import CONTENTS, make
 
 from ds_horovod import TopK
@@ -18,25 +18,25 @@ NOTHING, CANDIDATES, ALL, NOT_FINITE, EVERY_NOT_FINITE = range(5)  # enum Source
 SHARD_WORDS = 9
 
 
-def sources(memory, shards):
+def sources(state, shards):
     """Among what each shard's last pass has looked for its entries, and how many candidates there were to come."""
-    ((words, _),) = (work.arrays for work in memory.scratch.values())
+    ((words, _),) = (work.arrays for work in state.scratch.values())
     return words[: SHARD_WORDS * shards].view(shards, SHARD_WORDS)[:, 5].tolist()
 
 
 def steps(codec, layout, values, looked=None, momentum=False):
-    """Encodes step after step with one memory; all that comes of it. `looked` receives the sources."""
-    memory = FeedbackState(torch.zeros(layout.numel))
+    """Encodes step after step with one feedback state, and returns all results. `looked` receives the sources."""
+    state = FeedbackState(torch.zeros(layout.numel))
     if momentum:
-        memory.velocity, memory.momentum = torch.zeros(layout.numel), 0.5
+        state.velocity, state.momentum = torch.zeros(layout.numel), 0.5
     results = {}
     for step, gradients in enumerate(values):
         payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
-        codec.encode(layout, gradients, memory, payload)
+        codec.encode(layout, gradients, state, payload)
         results[f"payload {step}"] = payload
-        results |= {f"{name} {step}": x.clone() for name, x in kept(memory).items()}
-        if looked is not None and memory.scratch:
-            looked.append(sources(memory, layout.shards))
+        results |= {f"{name} {step}": x.clone() for name, x in arrays_of(state).items()}
+        if looked is not None and state.scratch:
+            looked.append(sources(state, layout.shards))
     return results
 
 
@@ -79,13 +79,13 @@ def test_a_guess_that_was_too_high(values, emulated):  # noqa: F811
 
     def run():
         results = {}
-        memory = FeedbackState()
+        state = FeedbackState()
         for step, gradients in enumerate(expected()):
             payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-            codec.encode(layout, gradients, memory, payload)  # without an error, so that nothing is left to be a candidate
+            codec.encode(layout, gradients, state, payload)  # without an error, so that nothing is left to be a candidate
             results[f"payload {step}"] = payload
-            if memory.scratch:
-                looked.append(sources(memory, 1))
+            if state.scratch:
+                looked.append(sources(state, 1))
         return results
 
     compare("no error", run)
@@ -188,8 +188,8 @@ def test_corrupt_chunks_are_nan(values, emulated):  # noqa: F811
         bad[0, at : at + len(change)] = change
         with on_cuda():
             codec.decode(layout, bad, into)
-            lost = codec.nonfinite_mask(layout, bad)
-        assert torch.equal((lost[:, None] >> torch.arange(32) & 1).view(-1)[:140_000].bool(), ~into[0].isfinite())
+            mask = codec.nonfinite_mask(layout, bad)
+        assert torch.equal((mask[:, None] >> torch.arange(32) & 1).view(-1)[:140_000].bool(), ~into[0].isfinite())
         assert_same_bits(into[0][70_016:], good[0][70_016:])  # the other shard
         return into[0][:70_016]
 
@@ -211,17 +211,17 @@ def test_ties_go_to_the_lowest_index_across_runs(emulated):  # noqa: F811
     assert payload[0, :16].view(torch.int32).tolist() == [65536, 70_000 - 65536, 0, 0]
 
 
-def test_a_memory_may_change_codec_and_layout(emulated):  # noqa: F811
+def test_a_feedback_state_may_change_codec_and_layout(emulated):  # noqa: F811
     """What is guessed for one says nothing of another."""
 
     def run():
-        memory, results = FeedbackState(torch.zeros(6016)), {}
+        state, results = FeedbackState(torch.zeros(6016)), {}
         for i, (sizes, k) in enumerate(itertools.product(([6000], [3000, 2950]), (20, 40, 20))):
             codec, layout = TopK(k=k), pack(sizes, 32, 1)
-            memory.error = torch.zeros(layout.numel)
+            state.error = torch.zeros(layout.numel)
             payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-            codec.encode(layout, make("normal", sizes, torch.float32, seed=i), memory, payload)
-            results |= {f"payload {i}": payload, f"error {i}": memory.error}
+            codec.encode(layout, make("normal", sizes, torch.float32, seed=i), state, payload)
+            results |= {f"payload {i}": payload, f"error {i}": state.error}
         return results
 
     compare("changes", run)

@@ -5,10 +5,11 @@ import sys
 import pytest
 from horovod_jobs import ROOT, run_job
 
+pytestmark = pytest.mark.jobs
 WORKERS = ROOT / "tests" / "workers"
 
 
-def elastic(tmp_path, script, *arguments, timeout=300):
+def elastic(tmp_path, script, *arguments, timeout=600):
     """Runs a script of an elastic job, whose hosts stand in a file that it may rewrite."""
     hosts, discovery = tmp_path / "hosts", tmp_path / "discover.sh"
     hosts.write_text("localhost:2\n")

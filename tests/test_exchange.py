@@ -1,4 +1,4 @@
-"""Exchanges under way: several at once, in any order, with more stages than two."""
+"""Exchanges in flight: several at once, in any order, with more stages than two."""
 
 import math
 

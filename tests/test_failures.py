@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from horovod_jobs import ROOT, run_job, separate_ranks
+from horovod_jobs import PATIENT, ROOT, run_job, separate_ranks
 
+pytestmark = pytest.mark.jobs
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
 BEGUN = re.compile(r"rank \d+: process (\d+)")
 PHASES = ["push", "serve", "decode", "dense", "agreement", "sum"]
@@ -27,11 +28,11 @@ def assert_loads(file):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
     file = tmp_path / "state.pt"
-    with separate_ranks(ranks, SCRIPT, "1000", "--at", phase, "--checkpoint", str(file)) as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert processes[-1].returncode == -signal.SIGKILL
-        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
-            assert process.returncode == 7 and "HorovodInternalError" in output, output
+    with separate_ranks(ranks, SCRIPT, "1000", "--at", phase, "--checkpoint", str(file)) as started:
+        *others, killed = [rank.wait(120) for rank in started]
+        assert killed == -signal.SIGKILL
+        for code, output in zip(others, [rank.output for rank in started[:-1]], strict=True):
+            assert code == 7 and "HorovodInternalError" in output, output
             step = 0 if phase == "agreement" else 2
             assert f"at step {step}" in output or f"at step {step + 1}" in output, output
     assert_loads(file)
@@ -40,11 +41,11 @@ def test_a_killed_rank_surfaces_as_horovods_error(phase, ranks, tmp_path):
 @pytest.mark.parametrize("server, phase", [(2, "push"), (2, "serve"), (2, "decode"), (0, "push"), (0, "decode")])
 def test_a_killed_server_or_worker_of_one_server_surfaces_too(server, phase):
     """The last rank dies, which is the server or not: alltoall and broadcast fail like alltoall and allgather."""
-    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--server", str(server)) as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        assert processes[-1].returncode == -signal.SIGKILL
-        for process, output in list(zip(processes, outputs, strict=True))[:-1]:
-            assert process.returncode == 7 and "HorovodInternalError" in output, output
+    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--server", str(server)) as started:
+        *others, killed = [rank.wait(120) for rank in started]
+        assert killed == -signal.SIGKILL
+        for code, output in zip(others, [rank.output for rank in started[:-1]], strict=True):
+            assert code == 7 and "HorovodInternalError" in output, output
             assert "at step 2" in output or "at step 3" in output, output
 
 
@@ -83,20 +84,39 @@ def test_a_rank_that_raises_ends_the_job(phase):
     assert len(BEGUN.findall(output)) == 3 and not left_over(output)
 
 
-@pytest.mark.parametrize(
-    "phase, collective",
-    [("push", r"bucket\d\.push"), ("serve", r"bucket\d\.pull"), ("agreement", "name"), ("sum", r"bucket0\.residual")],
-)
-def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
-    """Horovod's variables say when; its own stall inspector is silent with Gloo."""
-    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
-    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "12")
-    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "stall"], timeout=120)
-    assert code != 0 and not left_over(output)
+def assert_it_is_noticed(output, collective):
     for rank in (0, 1):
         waits = rf"DoubleSqueeze: rank {rank} of 3 has waited \d+ seconds for doublesqueeze\.(0\.)?{collective}"
         assert re.search(waits, output), output[-4000:]
     assert re.search(r"HorovodInternalError: DoubleSqueeze: rank [01] of 3 has waited \d+ seconds for", output), output[-4000:]
+
+
+@pytest.mark.parametrize(
+    "phase, collective",
+    [
+        ("push", r"bucket\d\.push"),
+        ("serve", r"bucket\d\.pull"),
+        ("agreement", r"name \(the optimizer's first step"),
+        ("sum", r"bucket0\.residual \(full_state_dict\(\)\)"),
+    ],
+)
+def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
+    """Horovod's variables say when; its own stall inspector is silent with Gloo."""
+    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "1")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "6")
+    with separate_ranks(3, SCRIPT, "1000", "--at", phase, "--how", "stall", gloo_timeout=PATIENT) as started:
+        codes = [rank.wait(120) for rank in started[:2]]
+        output = "".join(rank.output for rank in started)
+    assert codes == [7, 7], output
+    assert_it_is_noticed(output, collective)
+
+
+def test_a_rank_that_stalls_ends_the_job(monkeypatch):
+    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "12")
+    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", "push", "--how", "stall"], timeout=300)
+    assert code != 0 and not left_over(output)
+    assert_it_is_noticed(output, r"bucket\d\.push")
 
 
 def test_an_interrupted_job_leaves_nothing_behind(tmp_path):

@@ -5,7 +5,6 @@ DS_HOROVOD_FUZZ=100 python -m pytest tests/test_fuzz.py      # a hundred times a
 
 import math
 import os
-import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
@@ -14,8 +13,9 @@ from random import Random
 from unittest import mock
 
 import pybind11
+import pytest
 import torch
-from emulator import SANITIZED, sanitized
+from emulator import SANITIZED, compiled, sanitized
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import COMPRESSORS, Int8, assert_same_bits, generator
@@ -100,7 +100,7 @@ def runs(draw):
 
 
 def training(session, gradients, orders, frozen, history):
-    """A worker's loop, which yields wherever others may go on. Notes what it owes before each step, and what it gets in it."""
+    """A worker's loop, which yields wherever others may go on. Records its residual before each step, and the results of it."""
     for step, (own, order) in enumerate(zip(gradients, orders, strict=True)):
         history.append((session.export_residual(), {}))
         for i in order:
@@ -118,7 +118,7 @@ def training(session, gradients, orders, frozen, history):
     history.append((session.export_residual(), {}))
 
 
-def waiting(histories, step):
+def residuals(histories, step):
     """By parameter mean_i(e_i) + E, and the mean velocity."""
     found = defaultdict(lambda: (0.0, 0.0))
     for history in histories:
@@ -131,7 +131,7 @@ def waiting(histories, step):
 @examples(150)
 @given(runs())
 @example(a_run(2, [(40, 7)] * 3, frozen=1, server=0, compressor=OneBit(64, granularity="bucket")))  # a frozen one moved
-@example(  # of which workers take back what they sent, and have forgotten the velocity of
+@example(  # whose workers roll back elements that were sent, whose velocity has become zero
     a_run(3, [(40, 7)] * 3, spoils=math.inf, compressor=TopK(0.05), server_compressor=OneBit(64), momentum=0.9)
 )
 def test_the_law_whatever_comes(run):
@@ -171,23 +171,23 @@ def test_the_law_whatever_comes(run):
     assert not loops, "a worker waits for ever"
 
     for step, given_here in enumerate(given_):
-        before, after = waiting(histories, step), waiting(histories, step + 1)
+        before, after = residuals(histories, step), residuals(histories, step + 1)
         for i, name in enumerate(names):
             if name not in histories[0][step][1]:
                 continue  # not compressed
             outputs = [history[step][1][name] for history in histories]
             for output in outputs[1:]:
                 assert torch.equal(output.view(-1).view(torch.uint8), outputs[0].view(-1).view(torch.uint8)), "replicas differ"
-            out, (owed, velocity), (e, u) = outputs[0].double(), before[name], after[name]
+            out, (residual, velocity), (e, u) = outputs[0].double(), before[name], after[name]
             assert e.isfinite().all()
             assert out.isfinite().all() or (spoils is not None and step >= SPOILT)
             if i == frozen and step in FROZEN:
-                assert not out.any() and torch.equal(e, owed) and torch.equal(torch.as_tensor(u), torch.as_tensor(velocity))
+                assert not out.any() and torch.equal(e, residual) and torch.equal(torch.as_tensor(u), torch.as_tensor(velocity))
                 continue
             if not (options["worker_error"] and options["server_error"]):
                 continue
-            left = torch.where(out.isfinite(), given_here[name], 0.0) + options["momentum"] * velocity + owed
-            # What does not arrive is lost, and leaves no trace.
+            left = torch.where(out.isfinite(), given_here[name], 0.0) + options["momentum"] * velocity + residual
+            # Elements that do not arrive change nothing.
             right = torch.where(out.isfinite(), out + e, e + options["momentum"] * u)
             largest = max(1e-3, *(float(x.nan_to_num(0, 0, 0).abs().max()) for x in (left, out, e, given_here[name])))
             assert (left - right).abs().max() <= DTYPES[dtypes[i]] * largest, f"{name} in step {step}"
@@ -199,7 +199,7 @@ def test_the_law_whatever_comes(run):
 FUSED = [compressor for compressor in COMPRESSORS if not isinstance(compressor, Int8)]
 CANARY = 0 if SANITIZED in os.environ else 16
 """Elements before and after each tensor that is written to. AddressSanitizer sees the ends of tensors itself."""
-PASSES = ("decode", "accumulate", "serve", "lost")
+PASSES = ("decode", "accumulate", "serve", "nonfinite_mask")
 
 
 class Guarded:
@@ -251,12 +251,12 @@ def outcome(what, codec, layout, payload, dtype):
     """What a pass makes of a payload; None: it is refused. It must not touch what it was not given."""
     targets = [Guarded(numel, dtype) for numel in layout.numels] if what == "decode" else []
     totals = [Guarded(layout.shard_numel, torch.float32) for _ in range(layout.shards)] if what != "decode" else []
-    replies, lost = [], None
+    replies, mask = [], None
     try:
         if what == "decode":
             codec.decode(layout, payload, [guarded.tensor for guarded in targets])
-        elif what == "lost":
-            lost = codec.nonfinite_mask(layout, payload)
+        elif what == "nonfinite_mask":
+            mask = codec.nonfinite_mask(layout, payload)
         for shard, total in enumerate(totals):
             one = layout.shard(shard)
             if what == "accumulate":
@@ -276,7 +276,7 @@ def outcome(what, codec, layout, payload, dtype):
         return None
     # Every second reply is of floats, in which all NaNs are alike.
     sent = [reply.tensor.view(torch.float32) if i % 2 else reply.tensor for i, reply in enumerate(replies)]
-    return [guarded.tensor for guarded in targets + totals] + sent + ([] if lost is None else [lost])
+    return [guarded.tensor for guarded in targets + totals] + sent + ([] if mask is None else [mask])
 
 
 @examples(200)
@@ -296,29 +296,30 @@ def test_no_bytes_lead_a_decoder_astray(case):
                 assert_same_bits(own, other, f"{what} of {codec!r} ({instruction_set}):")
 
 
-def _sanitized_kernels(folder):
+def _sanitized_kernels():
     """The CPU kernels as they are, with AddressSanitizer and UBSan in them."""
-    target = folder / "_cpu.so"
-    sources = [str(ROOT / "csrc" / "cpu" / f"{name}.cpp") for name in ("module", "avx2", "portable")]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-fvisibility=hidden",
+    folder = ROOT / "csrc" / "cpu"
+    sources = [str(folder / f"{name}.cpp") for name in ("module", "avx2", "portable")]
+    return compiled(
+        ["-std=c++17", "-O0", "-shared", "-fPIC", "-ffp-contract=off", "-pthread", "-fvisibility=hidden",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{sysconfig.get_path('include')}",
-         f"-I{pybind11.get_include()}", *sources, "-o", str(target)],
-        check=True,
+         f"-I{pybind11.get_include()}", *sources],
+        "".join(path.read_text() for path in sorted(folder.iterdir())),
     )  # fmt: skip
-    return target
 
 
+@pytest.mark.jobs
 def test_no_bytes_lead_a_decoder_astray_under_sanitizers(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(f"""
 import importlib.util, sys
 sys.path[:0] = [{str(ROOT)!r}]
-spec = importlib.util.spec_from_file_location("ds_horovod._cpu", {str(_sanitized_kernels(tmp_path))!r})
+spec = importlib.util.spec_from_file_location("ds_horovod._cpu", {str(_sanitized_kernels())!r})
 sys.modules["ds_horovod._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["ds_horovod._cpu"])
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--capture=no", {str(__file__)!r}, "-k", "astray and not sanitizers"]))
+options = ["-q", "-pno:cacheprovider", "-pno:xdist", "--capture=no", "-k", "astray and not sanitizers"]
+sys.exit(pytest.main([*options, {str(__file__)!r}]))
 """)
     result = sanitized([sys.executable, str(script)])
     assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]

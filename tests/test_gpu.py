@@ -9,7 +9,6 @@ Under NVIDIA's checkers, without the largest tests::
 
 import math
 
-import horovod.torch as hvd
 import pytest
 import torch
 from support import assert_same_bits, generator, spread
@@ -29,7 +28,7 @@ BYTES_OF_A_BILLION = 24 * BILLION  # gradients, error, what is decoded, and what
 
 
 def compare(what, run):
-    """Runs on the CPU and on the GPU, and compares all that comes of it."""
+    """Runs on the CPU and on the GPU, and compares all results."""
     expected, actual = run(CPU), run(GPU)
     assert actual.keys() == expected.keys()
     for name, values in expected.items():
@@ -37,16 +36,16 @@ def compare(what, run):
 
 
 def passes(device, codec, layout, gradients, error, dtype, steps=1):
-    """Encodes step after step, decodes, adds up two workers, serves; all that comes of it."""
+    """Encodes step after step, decodes, adds up two workers, serves, and returns all results."""
     gradients = [g.to(device) for g in gradients]
-    memory = FeedbackState(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
+    state = FeedbackState(None if error is None else error.to(device, copy=True), bucket=2, sender=3, first_shard=1)
     if codec.sparse and error is not None:
-        memory.velocity, memory.momentum = memory.error.roll(1) * 0.5, 0.9
+        state.velocity, state.momentum = state.error.roll(1) * 0.5, 0.9
     results = {}
     for step in range(steps):
         payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8, device=device)
-        memory.step = step
-        codec.encode(layout, [g * (0.5 if step == 2 else 1) for g in gradients], memory, payload)
+        state.step = step
+        codec.encode(layout, [g * (0.5 if step == 2 else 1) for g in gradients], state, payload)
         results[f"payload {step}"] = payload
     decoded = [torch.full((numel,), 7, dtype=dtype, device=device) for numel in layout.numels]
     codec.decode(layout, payload, decoded)
@@ -60,7 +59,7 @@ def passes(device, codec, layout, gradients, error, dtype, steps=1):
     reply = torch.zeros(codec.chunk_nbytes(layout), dtype=torch.uint8, device=device)
     codec.serve(layout.shard(0), payload[:1].repeat(3, 1), codec, 1 / 3, server, reply)
     results |= {"decoded": torch.cat(decoded), "total": total, "reply": reply, "server error": server.error}
-    return results | {name: x for name in ("error", "velocity") if (x := getattr(memory, name)) is not None}
+    return results | {name: x for name in ("error", "velocity") if (x := getattr(state, name)) is not None}
 
 
 @pytest.mark.parametrize("sizes", [[1], [31], [33], [2049], [7000, 1, 33, 2048], [65537], [70_000, 1, 33, 200_000]], ids=str)
@@ -101,11 +100,11 @@ def test_a_billion_elements(codec):
     results = []
     for device in (GPU, CPU):
         here = gradient.to(device)
-        memory = FeedbackState(torch.zeros(layout.numel, device=device))
+        state = FeedbackState(torch.zeros(layout.numel, device=device))
         payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8, device=device)
-        codec.encode(layout, [here], memory, payload)
-        error = memory.error.cpu()
-        del memory
+        codec.encode(layout, [here], state, payload)
+        error = state.error.cpu()
+        del state
         codec.decode(layout, payload, [here])
         results.append((payload.cpu(), error, here.cpu()))
         del here
@@ -144,7 +143,7 @@ def test_nothing_waits_for_the_device(codec):
     sizes = [5, 100_000]
     layout = pack(sizes, codec.block, 2)
     gradients = [g.to(GPU) for g in make("normal", sizes, torch.float32)]
-    memory, server = (
+    state, server = (
         FeedbackState(torch.zeros(layout.numel, device=GPU)),
         FeedbackState(torch.zeros(layout.shard_numel, device=GPU)),
     )
@@ -152,9 +151,9 @@ def test_nothing_waits_for_the_device(codec):
     reply = torch.zeros(codec.chunk_nbytes(layout), dtype=torch.uint8, device=GPU)
 
     def step():
-        codec.encode(layout, gradients, memory, payload.zero_())
+        codec.encode(layout, gradients, state, payload.zero_())
         codec.serve(layout.shard(0), payload[:1].repeat(2, 1), codec, 0.5, server, reply.zero_())
-        codec.rollback(layout, payload, codec.nonfinite_mask(layout, payload), gradients, memory)
+        codec.rollback(layout, payload, codec.nonfinite_mask(layout, payload), gradients, state)
         codec.decode(layout, payload, gradients)
 
     step()  # which compiles, and copies the layouts
@@ -193,9 +192,11 @@ def test_exchange_of_several_steps(pusher, server, bad):
     compare(f"{pusher}, {server}", run)
 
 
-@pytest.mark.skipif(not hvd.cuda_built(), reason="this Horovod was built without CUDA")
+@pytest.mark.jobs
 def test_two_processes_on_one_gpu():
     """Through Horovod's operations on the CPU."""
     from horovod_jobs import ROOT, horovodrun
 
+    if not pytest.importorskip("horovod.torch").cuda_built():
+        pytest.skip("this Horovod was built without CUDA")
     assert horovodrun(2, str(ROOT / "tests" / "workers" / "one_gpu.py")).count("one gpu: ok") == 2

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from horovod_jobs import ROOT, horovodrun
+from horovod_jobs import ROOT, run_ranks
 from test_elastic import elastic
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -20,18 +20,20 @@ def write(folder, texts):
     return [str(file) for file in files]
 
 
+@pytest.mark.jobs
 def test_recipes(tmp_path):
     recipes = [text for text in RECIPES if "hvd.elastic.run" not in text]
     assert len(recipes) >= 12
-    output = horovodrun(2, str(ROOT / "tests" / "workers" / "guide.py"), *write(tmp_path, [GIVEN, *recipes]))
+    output = run_ranks(2, str(ROOT / "tests" / "workers" / "guide.py"), *write(tmp_path, [GIVEN, *recipes]))
     for i in range(1, len(recipes) + 1):
         assert output.count(f"recipe{i}: ok") == 2, output[-4000:]
 
 
+@pytest.mark.jobs
 def test_the_recipe_of_an_elastic_job(tmp_path):
     (recipe,) = [text for text in RECIPES if "hvd.elastic.run" in text]
     (tmp_path / "train.py").write_text(GIVEN + recipe + 'print(f"ended in epoch {state.epoch}")\n')
-    code, output = elastic(tmp_path, tmp_path / "train.py", timeout=120)
+    code, output = elastic(tmp_path, tmp_path / "train.py")
     assert code == 0 and output.count("ended in epoch 3") == 2, output[-4000:]
 
 

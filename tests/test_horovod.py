@@ -7,57 +7,68 @@ import subprocess
 import sys
 
 import pytest
-from horovod_jobs import ROOT, horovodrun
+from horovod_jobs import ROOT, horovodrun, run_ranks
 
 WORKERS = ROOT / "tests" / "workers"
-SCRIPTS = ["checks", "mixed", "life", "patterns"]
+SCRIPTS = ["checks", "mixed", "life", "patterns", "binding"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What every rank says of every check of a script: each job runs once, also if it fails."""
+    """What every rank says of every check, and why the job failed, if it did. Each job runs once."""
     folder = tmp_path_factory.mktemp("checks")
 
     @functools.cache
-    def of(script, ranks):
-        file = folder / f"{script}{ranks}"
+    def of(ranks):
+        failure = ""
         try:
-            horovodrun(ranks, str(WORKERS / f"{script}.py"), str(file))
+            horovodrun(ranks, str(WORKERS / "all_checks.py"), str(folder / str(ranks)))
         except AssertionError as error:
-            return str(error)
-        return [json.loads(file.with_name(f"{file.name}.{rank}").read_text()) for rank in range(ranks)]
+            failure = str(error)
+        files = [folder / f"{ranks}.{rank}" for rank in range(ranks)]
+        return [json.loads(file.read_text()) if file.exists() else {} for file in files], failure
 
     return of
 
 
 def _checks():
-    for script in SCRIPTS:
-        names = re.findall(r"^@check\ndef (\w+)", (WORKERS / f"{script}.py").read_text(), re.MULTILINE)
-        for ranks in (2, 3, 4):
-            yield from (pytest.param(script, ranks, name, id=f"{ranks}-{name}") for name in names)
+    for ranks in (4, 3, 2):
+        marks = [pytest.mark.jobs, pytest.mark.xdist_group(f"checks on {ranks} ranks")]
+        for script in SCRIPTS:
+            names = re.findall(r"^@check\ndef (\w+)", (WORKERS / f"{script}.py").read_text(), re.MULTILINE)
+            yield from (pytest.param(ranks, name, id=f"{ranks}-{name}", marks=marks) for name in names)
 
 
-@pytest.mark.parametrize("script, ranks, check", _checks())
-def test_check(results, script, ranks, check):
-    of_ranks = results(script, ranks)
-    assert isinstance(of_ranks, list), of_ranks
+@pytest.mark.parametrize("ranks, check", _checks())
+def test_check(results, ranks, check):
+    of_ranks, failure = results(ranks)
+    assert all(check in result for result in of_ranks), f"the job ended before this check did: {failure}"
     failures = [f"rank {rank}: {result[check]}" for rank, result in enumerate(of_ranks) if result[check]]
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.xdist_group(f"checks on {n} ranks")) for n in (4, 3, 2)])
+@pytest.mark.jobs
+def test_the_job_of_all_checks_ends_well(results, ranks):
+    assert not results(ranks)[1]
+
+
+@pytest.mark.jobs
 def test_one_process_is_left_alone():
-    assert "alone: ok" in horovodrun(1, str(WORKERS / "alone.py"))
+    assert "alone: ok" in run_ranks(1, str(WORKERS / "alone.py"))
 
 
+@pytest.mark.jobs
 def test_process_sets():
-    assert horovodrun(4, str(WORKERS / "process_sets.py")).count("process sets: ok") == 4
+    assert run_ranks(4, str(WORKERS / "process_sets.py")).count("process sets: ok") == 4
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("ranks", [4])
 def test_compressed_training_is_as_accurate(ranks, tmp_path):
     """1-bit and top-k reach the accuracy of uncompressed training within one percentage point."""
     file = tmp_path / "train.json"
-    horovodrun(ranks, "benchmarks/train.py", "--json", str(file), "--methods", "none,onebit,topk")
+    run_ranks(ranks, "benchmarks/train.py", "--json", str(file), "--methods", "none,onebit,topk")
     accuracy = {method["method"]: method["test_accuracy"] for method in json.loads(file.read_text())["results"]}
     assert accuracy["none"] > 0.93
     assert accuracy["onebit"] >= accuracy["none"] - 0.01, accuracy
@@ -81,6 +92,7 @@ def test_nothing_of_horovod_is_imported_before_it_is_used():
     assert python("import sys, ds_horovod; assert not any(name.startswith('horovod') for name in sys.modules)").returncode == 0
 
 
+@pytest.mark.jobs  # of which it needs but Horovod
 @pytest.mark.parametrize(
     "imports", ["horovod.torch, ds_horovod", "ds_horovod, horovod.torch", "ds_horovod, horovod.torch.optimizer"]
 )
@@ -90,6 +102,7 @@ def test_horovod_is_extended_whatever_is_imported_first(imports):
     assert result.stdout.strip().endswith("ds_horovod/horovod/hook.py")
 
 
+@pytest.mark.jobs  # of which it needs but Horovod
 @pytest.mark.parametrize("change", ["del O._allreduce_grad_async", "O._allreduce_grad_async = lambda self, p, q: None"])
 def test_importing_with_another_horovod_says_which_is_supported(change):
     script = f"from horovod.torch.optimizer import _DistributedOptimizer as O\n{change}\nimport ds_horovod"

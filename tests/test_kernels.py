@@ -56,6 +56,7 @@ CONTENTS = {
     "heavy tails": lambda numel, dtype, g: torch.randn(numel, generator=g) ** 7,
     "beyond half": lambda numel, dtype, g: torch.randn(numel, generator=g) * 60000,
     "sums overflow": lambda numel, dtype, g: (torch.rand(numel, generator=g) * 2 - 1) * torch.finfo(dtype).max,
+    "largest floats": lambda numel, dtype, g: torch.randint(-1, 2, (numel,), generator=g) * torch.finfo(dtype).max,
     "not finite": not_finite,
 }
 
@@ -90,19 +91,19 @@ def oracle():
 
 
 def passes(codec, layout, gradients, error, dtype):
-    """Encodes, decodes and accumulates; all that comes of it. With a velocity too, where the compressor can have one."""
-    memory = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
+    """Encodes, decodes and accumulates, and returns all results. With a velocity too, where the compressor can have one."""
+    state = FeedbackState(None if error is None else error.clone(), step=5, bucket=2, sender=3, first_shard=1)
     if codec.sparse and gradients is not None and error is not None:
-        memory.velocity, memory.momentum = error.roll(1) * 0.5, 0.9
+        state.velocity, state.momentum = error.roll(1) * 0.5, 0.9
     payload = torch.zeros(layout.shards, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, gradients, memory, payload)
+    codec.encode(layout, gradients, state, payload)
     decoded = [torch.full((numel,), 7, dtype=dtype) for numel in layout.numels]
     codec.decode(layout, payload, decoded)
     totals = torch.randn(layout.shards, layout.shard_numel, generator=generator(1))
     for shard, total in enumerate(totals):
         codec.accumulate(layout.shard(shard), payload[shard], 0.3, total)
     results = {"payload": payload, "decoded": torch.cat(decoded), "totals": totals}
-    return results | {name: kept for name, kept in (("error", memory.error), ("velocity", memory.velocity)) if kept is not None}
+    return results | {name: kept for name, kept in (("error", state.error), ("velocity", state.velocity)) if kept is not None}
 
 
 def check_passes(codec, layout, gradients, error, dtype, what):
@@ -342,10 +343,10 @@ def test_random_words_are_those_published(key, counter, words, instruction_set):
 
 
 def test_uniforms(instruction_set):
-    memory, rows = FeedbackState(step=7, bucket=2, sender=5), 10_003
+    state, rows = FeedbackState(step=7, bucket=2, sender=5), 10_003
     for first in (0, 12345, (1 << 32) - 100):  # the row's lowest 32 bits count
         positions = torch.arange(8 * first, 8 * (first + rows))
-        expected = reference.uniforms(1 << 40 | 3, memory, positions)
+        expected = reference.uniforms(1 << 40 | 3, state, positions)
         assert_same_bits(torch.tensor(_cpu.uniforms_of_rows(1 << 40 | 3, 7, 2, 5, first, rows)), expected)
         assert expected.min() >= 0.0 and expected.max() < 1.0
         assert abs(expected.mean() - 0.5) < 0.005 and abs(expected.var() - 1 / 12) < 0.002
@@ -355,8 +356,8 @@ def test_uniforms(instruction_set):
 def test_other_counters_draw_others():
     positions = torch.arange(1000)
     drawn = [
-        reference.uniforms(0, memory, positions)
-        for memory in (FeedbackState(), FeedbackState(step=1), FeedbackState(bucket=1), FeedbackState(sender=1))
+        reference.uniforms(0, state, positions)
+        for state in (FeedbackState(), FeedbackState(step=1), FeedbackState(bucket=1), FeedbackState(sender=1))
     ]
     drawn += [reference.uniforms(seed, FeedbackState(), positions) for seed in (1, 1 << 32)]
     for first, second in itertools.combinations(drawn, 2):
@@ -507,10 +508,10 @@ def test_cast_keeps_a_velocity(codec, instruction_set):
     assert torch.equal(results[0][2][32:732][finite], expected[finite])
 
 
-def drawn(codec, numel, **memory):
+def drawn(codec, numel, **state):
     layout = pack([numel], codec.block, 1)
     payload = torch.zeros(1, codec.chunk_nbytes(layout), dtype=torch.uint8)
-    codec.encode(layout, [torch.ones(numel)], FeedbackState(**memory), payload)
+    codec.encode(layout, [torch.ones(numel)], FeedbackState(**state), payload)
     decoded = torch.empty(numel)
     codec.decode(layout, payload, [decoded])
     return decoded.nonzero().view(-1)

@@ -3,25 +3,14 @@
 import inspect
 import math
 import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from support import COMPRESSORS, Int8
 
-from ds_horovod import (
-    Cast,
-    Compressor,
-    DoubleSqueeze,
-    NoCompression,
-    OneBit,
-    Quantize,
-    RandomK,
-    Ternary,
-    TopK,
-    checksum,
-    double_squeeze,
-)  # fmt: skip
+from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK, double_squeeze
 from ds_horovod.agreement import require_agreement
 from ds_horovod.checksum import checksums
 from ds_horovod.feedback import FeedbackState
@@ -383,7 +372,7 @@ def test_ranks_that_differ_alike_stand_together_and_a_way_out_at_the_end():
     [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn],
 )
 def test_checksums_tell_single_elements_and_places_whatever_the_strides(dtype, monkeypatch):
-    monkeypatch.setattr(checksum, "_CHUNK", 5)
+    monkeypatch.setattr("ds_horovod.checksum._CHUNK", 5)
     x = torch.tensor([[1, 0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0]]).to(dtype)
     tensors = {"x": x, "moved": x.flatten().roll(1).view(3, 7)}
     for i in range(21):
@@ -425,7 +414,7 @@ def test_many_disagreements_are_counted():
 def test_sessions_compare_everything_that_matters(key, options, weight, shape):
     class Transport(InProcessTransport):
         def gather_objects(self, value, name):
-            return [expected, value]
+            return [{**value, **expected}, dict(value)]
 
     def step(options, weight, shape):
         defaults = {"compressor": OneBit(), "server_compressor": OneBit(), "min_numel": 1}
@@ -474,3 +463,45 @@ def test_decompress_of_another_shape_or_dtype(values):
     message = f"decompress must return 100 floating-point values, got {values.dtype} {tuple(values.shape)}"
     with pytest.raises(ValueError, match=re.escape(message)):
         exchange_with(Wrong(values=values))
+
+
+@pytest.mark.parametrize("kind", [TopK, RandomK])
+@pytest.mark.parametrize("ratio", [1, 10, np.int64(1), True, 10.0, "0.1", math.nan], ids=repr)
+def test_a_ratio_is_a_share(kind, ratio):
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: ratio must be .* got {re.escape(repr(ratio))}: a share, 0\.01 for 1 %"
+    ):
+        kind(ratio)
+    assert kind(1.0).ratio == 1.0 and kind(np.float64(0.5)) == kind(0.5)
+
+
+@pytest.mark.parametrize(
+    "make, plain",
+    [
+        (lambda n: TopK(k=n(3)), TopK(k=3)),
+        (lambda n: Quantize(n(2), n(64), seed=n(7)), Quantize(2, 64, seed=7)),
+        (lambda n: Ternary(n(64), seed=n(7)), Ternary(64, seed=7)),
+        (lambda n: OneBit(n(64)), OneBit(64)),
+        (lambda n: RandomK(0.1, seed=n(7)), RandomK(0.1, seed=7)),
+    ],
+)
+def test_integers_of_numpy_are_integers_and_bools_are_not(make, plain):
+    assert make(np.int64) == plain and repr(make(np.int32)) == repr(plain)
+    for other in (bool, np.bool_, float):
+        with pytest.raises(ValueError, match=f"{type(plain).__name__}: .* must be"):
+            make(other)
+
+
+def test_names_are_literals():
+    for kind, option, names in (
+        (TopK, "values", ("fp32", "fp16", "sign")),
+        (RandomK, "values", ("fp32", "fp16")),
+        (Quantize, "rounding", ("nearest", "stochastic")),
+        (Ternary, "scale", ("absmax", "l2")),
+        (OneBit, "granularity", ("block", "parameter", "bucket")),
+        (OneBit, "scale", ("l1", "l2")),
+        (Cast, "dtype", ("fp16", "bf16")),
+    ):
+        assert get_args(get_type_hints(kind)[option]) == names
+        with pytest.raises(ValueError, match=f"{option} must be one of .* got 1"):
+            kind(**{option: 1})

@@ -1,6 +1,7 @@
 """What travels: its size, its format, and that no payload, however corrupted, writes where it must not."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_kernels import oracle
 
 from ds_horovod import Cast, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.feedback import FeedbackState
+from ds_horovod.kernels import cpu
 from ds_horovod.layout import pack
 
 SIZES = [[1], [40], [5, 700, 63, 1], [70000, 33, 1]]
@@ -321,16 +323,17 @@ def test_pushes_of_another_size(compressor):
 
 @every_top_k
 def test_a_payload_that_is_not_zero_at_first(compressor):
-    """The entries are counted as ever, and nothing is written outside."""
-    layout = pack([70000, 33, 1], compressor.block, 2)
+    """Whatever it holds, every thread writes its entries at their places, and nothing outside."""
+    layout = pack([300_000, 33, 1], compressor.block, 1)
     gradients = [torch.randn(numel, generator=generator(0)) for numel in layout.numels]
-    chunk_nbytes, runs = compressor.chunk_nbytes(layout), math.ceil(layout.shard_numel / 65536)
-    clean, spoilt = (Guarded(2, chunk_nbytes, dtype=torch.uint8, fill=fill) for fill in (0, 255))
-    for payload in (clean, spoilt):
-        error = Guarded(layout.numel, fill=0)
-        compressor.encode(layout, gradients, FeedbackState(error.tensor), payload.tensor)
-        assert payload.guard_holds() and error.guard_holds()
-    assert torch.equal(spoilt.tensor[:, : 4 * runs], clean.tensor[:, : 4 * runs])
+    payloads = []
+    for threads in (1, 3):
+        payload = Guarded(1, compressor.chunk_nbytes(layout), dtype=torch.uint8, fill=255)
+        with mock.patch.object(cpu, "_threads", return_value=threads):
+            compressor.encode(layout, gradients, FeedbackState(), payload.tensor)
+        assert payload.guard_holds()
+        payloads.append(payload.tensor)
+    assert torch.equal(*payloads)
 
 
 def with_entries(compressor, layout, entries, counts=None, stray_bits=()):

@@ -27,7 +27,7 @@ def test_own_compressor_obeys_the_conservation_law():
     (block,) = [block for block in BLOCKS if "class EightBit" in block]
     namespace = {}
     exec(block, namespace)
-    compressor = namespace["compression"].compressor
+    compressor = namespace["compression"].options.compressor
     layout = pack([70, 333], compressor.block, 3)
     simulation = Simulation(layout, Options(compressor), workers=3)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What errors owe to the gradients is kept when the ranks, the compressor or the layout become others."""
+"""Residuals are kept when the ranks, the compressor or the layout change."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def train(group, g, steps=3):
     return arrived, total
 
 
-def owed(group):
-    """What all workers owe together: mean_i(e_i) + E, and the mean of the velocities."""
+def total_residual(group):
+    """The residual of all workers together, mean_i(e_i) + E, and the mean of the velocities."""
     result = {}
     for squeeze in group.squeezes:
         for name, (error, velocity) in squeeze._reducer.session.export_residual().items():
@@ -53,7 +53,7 @@ def resized(group, n, **options):
     return new
 
 
-def assert_owed(actual, expected):
+def assert_residuals_equal(actual, expected):
     assert actual.keys() == expected.keys() == {"embedding", "matrix"}
     for name in expected:
         for a, e in zip(actual[name], expected[name], strict=True):
@@ -73,40 +73,40 @@ CODECS = [
 ]
 
 
-def test_what_is_owed_is_what_the_law_counts():
+def test_the_residual_is_what_the_law_counts():
     for options in ({}, {"server": 1}, {"server_error": False}, {"worker_error": False}, {"server_compressor": OneBit(96)}):
         group = workers(3, **options)
         arrived, total = train(group, generator(0))
-        for name, (error, _) in owed(group).items():
+        for name, (error, _) in total_residual(group).items():
             assert error.abs().max() > 0.01
             if not {"server_error", "worker_error"} & options.keys():
                 torch.testing.assert_close(arrived[name] + error, total[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("compressor", CODECS, ids=repr)
-def test_more_ranks_owe_together_what_fewer_did(compressor):
+def test_more_ranks_have_the_total_residual_of_fewer(compressor):
     options = {"compressor": compressor, **({"momentum": 0.5} if compressor.sparse else {})}
     group, g = workers(2, **options), generator(1)
     arrived, total = train(group, g)
-    before = owed(group)
+    before = total_residual(group)
     group = resized(group, 3, **options)
-    assert_owed(owed(group), before)
+    assert_residuals_equal(total_residual(group), before)
     if not compressor.sparse:  # with momentum there is more to count
         more, later = train(group, g)
-        for name, (error, _) in owed(group).items():
+        for name, (error, _) in total_residual(group).items():
             moved = arrived[name] + more[name] + error
             torch.testing.assert_close(moved, total[name] + later[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"server": 0}], ids=str)
-def test_those_that_stay_owe_what_they_did(options):
-    """Of three ranks one goes, with what it owed."""
+def test_ranks_that_stay_keep_their_residuals(options):
+    """Of three ranks one leaves, with its residual."""
     group, g = workers(3, **options), generator(2)
     train(group, g)
     group.squeezes = group.squeezes[:2]
-    before = owed(group)
+    before = total_residual(group)
     group = resized(group, 2, **options)
-    assert_owed(owed(group), before)
+    assert_residuals_equal(total_residual(group), before)
     train(group, g)
 
 
@@ -126,7 +126,7 @@ def test_steps_units_and_compressors_are_those_of_the_first_rank():
         assert not squeeze._reducer.session.started
 
 
-def test_one_rank_pays_what_several_owed_and_several_go_on_with_its_velocities():
+def test_one_rank_adds_the_residual_of_several_and_several_continue_with_its_velocities():
     options = {"momentum": 0.5}
     group = workers(2, **options)
     train(group, generator(4))
@@ -147,7 +147,7 @@ def test_one_rank_pays_what_several_owed_and_several_go_on_with_its_velocities()
     for i, squeeze in enumerate(new.squeezes):
         kept = snapshot if i == 0 else squeeze._reducer.snapshot()._replace(shared=snapshot.shared)
         squeeze._reducer.rebind(squeeze._reducer.session.transport, kept)
-    for name, (error, velocity) in owed(new).items():
+    for name, (error, velocity) in total_residual(new).items():
         torch.testing.assert_close(error, own[name].error.double())
         torch.testing.assert_close(velocity, own[name].velocity.double())
 
@@ -160,13 +160,13 @@ def test_one_rank_pays_what_several_owed_and_several_go_on_with_its_velocities()
 def test_the_law_across_a_change_of_compressor(before, after):
     group, g = workers(3, compressor=before), generator(5)
     arrived, total = train(group, g)
-    kept = owed(group)
+    kept = total_residual(group)
     for squeeze in group.squeezes:
         squeeze.change_compressor(after, OneBit(32))
-    assert_owed(owed(group), kept)
-    assert not any(session.started for session in group.sessions)  # the next step compares notes
+    assert_residuals_equal(total_residual(group), kept)
+    assert not any(session.started for session in group.sessions)  # the ranks compare again in the next step
     more, later = train(group, g)
-    for name, (error, _) in owed(group).items():
+    for name, (error, _) in total_residual(group).items():
         torch.testing.assert_close(arrived[name] + more[name] + error, total[name] + later[name], rtol=1e-4, atol=1e-5)
     assert {b.exchange.compressors() for s in group.sessions for b in s.buckets} == {(after, OneBit(32))}
     assert all(".change1." in b.exchange.name for s in group.sessions for b in s.buckets)
@@ -231,7 +231,7 @@ def test_any_number_of_ranks_loads_the_file(options, loaded_first, tmp_path):
             new = workers(n, **options)
             for squeeze in new.squeezes:
                 squeeze.load_state_dict(state)
-        assert_owed(owed(new), owed(group))
+        assert_residuals_equal(total_residual(new), total_residual(group))
         train(new, generator(7), steps=1)
 
 
@@ -245,10 +245,10 @@ def test_a_file_without_a_place():
         (3, {"choose": {"matrix": False}}, "holds errors of matrix, which is not compressed here"),
     ):
         new = workers(n, **{"momentum": 0.5, **change})
-        before = owed(new)
+        before = total_residual(new)
         with pytest.raises(ValueError, match=message):
             new.squeezes[0].load_state_dict(state)
-        for name, (error, velocity) in owed(new).items():
+        for name, (error, velocity) in total_residual(new).items():
             assert torch.equal(error, before[name][0]) and torch.equal(
                 torch.as_tensor(velocity), torch.as_tensor(before[name][1])
             )

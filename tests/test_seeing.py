@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from horovod_jobs import ROOT, horovodrun
+from horovod_jobs import ROOT, run_ranks
 from support import generator
 
 from ds_horovod import DoubleSqueeze, OneBit
@@ -53,10 +53,11 @@ def test_stats_go_to_tensorboard(tmp_path):
         assert scalar.step == 3 and scalar.value == pytest.approx(value)
 
 
+@pytest.mark.jobs
 def test_horovods_timeline_has_the_names_of_our_collectives(tmp_path, monkeypatch):
     file = tmp_path / "timeline.json"
     monkeypatch.setenv("HOROVOD_TIMELINE", str(file))
-    horovodrun(2, str(ROOT / "tests" / "workers" / "training.py"), "3")
+    run_ranks(2, str(ROOT / "tests" / "workers" / "training.py"), "3")
     text = file.read_text().rstrip().rstrip(",")
     events = json.loads(text if text.endswith("]") else text + "]")
     names = {event["args"].get("name") for event in events if event and event.get("name") == "process_name"}

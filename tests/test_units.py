@@ -100,7 +100,7 @@ def test_velocities_follow_the_loss_scale_alone():
     assert_same_bits(squeeze._reducer.velocities.state_dict()["bias"], bias * 4)
 
 
-def test_what_one_rank_still_owes_follows_too():
+def test_residuals_carried_over_to_one_rank_follow_too():
     """A file of several ranks, written at another loss scale and learning rate, and loaded by one."""
     scaler = Scaler(2.0)
     squeeze = make(grad_scaler=scaler, lr_aware=True)()
@@ -144,7 +144,7 @@ def test_what_is_no_scaler():
 
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("change", ["in place", "another"])
-def test_a_gradient_that_is_changed_under_way(change, started):
+def test_a_gradient_that_is_changed_in_flight(change, started):
     workers, g = Workers(make(), named(), 2), generator(0)
     if started:
         workers.exchange(gradients(g))

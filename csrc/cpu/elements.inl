@@ -31,8 +31,8 @@ struct Terms {
     // Restores error and velocity, up to rounding, after v and the new velocity have been stored in their places.
     void roll_back(int64_t i) const {
         const float own = to_float(g[i]);
-        e[i] -= u ? u[i] : own;
-        if (u) u[i] = (u[i] - own) / momentum;
+        e[i] = limited(e[i] - (u ? u[i] : own), float_of(kMaxFinite));  // rounding may take it past the largest
+        if (u) u[i] = limited((u[i] - own) / momentum, float_of(kMaxFinite));
     }
 };
 
@@ -134,7 +134,7 @@ void cast_encode(const Cast& format, const Layout& layout, Tensors gradients, Fe
 
 template <class H, class G> inline void convert(const H* from, G* to, int64_t count, bool large) {
     int64_t i = 0;
-    if constexpr (std::is_same_v<G, float>)
+    if constexpr (std::is_same_v<G, float> && !std::is_same_v<H, float>)  // a mere copy is slower past the caches
         if (large && reinterpret_cast<uintptr_t>(to) % 32 == 0)
             for (; i + 8 <= count; i += 8) stream(to + i, load(from + i));
     for (; i + 8 <= count; i += 8) store(to + i, load(from + i));

@@ -166,14 +166,15 @@ struct QuantizedBlock {
             *step = float_of(kNaN);
             return;
         }
-        *step = s / levels;
-        const float inverse = std::min(levels / s, float_of(kMaxFinite));
-        const F8 by = splat(inverse), width = splat(*step), most = splat(levels);
+        *step = std::min(s / levels, widest_step(levels));  // what readers make of the outermost level must be finite
+        const float shrink = shrink_of(s), inverse = std::min(levels / (s * shrink), float_of(kMaxFinite));
+        const F8 by = splat(inverse), smaller = splat(shrink), width = splat(*step), most = splat(levels);
         F8 r[8];
         for (F8& half : r) half = splat(0.5f);
         for (int64_t i = 0; i < format.block; i += 8) {
             if (format.stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
-            const F8 v = load(&values[size_t(i)]), level = truncated(add(mul(abs(v), by), r[i / 8 % 8]), most);
+            const F8 v = load(&values[size_t(i)]);
+            const F8 level = truncated(add(mul(mul(abs(v), smaller), by), r[i / 8 % 8]), most);
             const F8 signed_level = with_sign_of(level, v), sent = mul(signed_level, width);
             to_bytes(add(signed_level, most), &codes[size_t(i)]);
             if (error && i + 8 <= count) {

@@ -238,10 +238,10 @@ __device__ inline void roll_back(G* type, const Row& row, u32 mask, const Tensor
         if (!is_finite(own) || !is_finite(gradient)) continue;
         if (state.velocity && !(sparse && own != 0.f)) {
             float& u = state.velocity[row.position + j];
-            e = e + own - u;
-            u = (u - gradient) / state.momentum;
+            e = limited(e + own - u, float_of(kMaxFinite));  // rounding may take it past the largest
+            u = limited((u - gradient) / state.momentum, float_of(kMaxFinite));
         } else {
-            e = e + own - gradient;
+            e = limited(e + own - gradient, float_of(kMaxFinite));
         }
     }
 }

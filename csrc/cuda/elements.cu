@@ -269,8 +269,8 @@ random_k_finish(RandomK format, Layout layout, Tensors gradients, FeedbackState 
         for (int j = 0; j < at.count; j++) {
             if (nonfinite[at.position / 4] >> j & 1) continue;
             const float own = to_float(g[j]);
-            e[j] -= u ? u[j] : own;
-            if (u) u[j] = (u[j] - own) / state.momentum;
+            e[j] = limited(e[j] - (u ? u[j] : own), float_of(kMaxFinite));
+            if (u) u[j] = limited((u[j] - own) / state.momentum, float_of(kMaxFinite));
         }
     });
 }

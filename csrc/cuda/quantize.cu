@@ -168,7 +168,8 @@ __device__ inline void encode_block(const Quantize& format, const Team& team, co
     const float scale = L2 ? norm_of(format, team, values, scratch) : largest_of(team, largest, scratch);
     if (!count) return;
     const bool finite = scale <= float_of(kMaxFinite);
-    const float levels = float(kLevels), step = flush(scale / levels), by = fminf(levels / scale, float_of(kMaxFinite));
+    const float levels = float(kLevels), step = fminf(flush(scale / levels), widest_step(levels));
+    const float shrink = shrink_of(scale), by = fminf(levels / (scale * shrink), float_of(kMaxFinite));
     const i64 block = block_of(format, team.inside);
     if (team.leads()) *step_in(chunk, block) = finite ? step : float_of(kNaN);
     if (!finite) return;
@@ -184,7 +185,7 @@ __device__ inline void encode_block(const Quantize& format, const Team& team, co
             for (int k = 0; k < kTogether; k++) {
                 const i32 i = k * m + j;
                 const float x = v[c][k], r = STOCHASTIC ? uniform(random, team.position + i) : 0.5f;
-                const float level = truncf(fminf(float_of(magnitude(x)) * by + r, levels));
+                const float level = truncf(fminf(float_of(magnitude(x)) * shrink * by + r, levels));
                 const float signed_level = with_sign_of(level, x);
                 code[k] = i < format.block ? u32(signed_level + levels) : 0u;
                 zeros |= u32(level == 0.f) << (c * kTogether + k);

@@ -59,6 +59,15 @@ DS_FUNCTION float largest_of(const float*) { return float_of(kMaxFinite); }
 DS_FUNCTION float largest_of(const Half*) { return 65504.f; }
 DS_FUNCTION float largest_of(const BFloat16*) { return float_of(0x7f7f0000u); }
 
+// By what to multiply values of up to a scale, so that dividing by the scale leaves no denormal: 1, but for huge ones.
+DS_FUNCTION float shrink_of(float scale) { return scale > 0x1p100f ? 0x1p-30f : 1.f; }
+
+// The widest step of which so many fit a float.
+DS_FUNCTION float widest_step(float levels) {
+    const float step = float_of(kMaxFinite) / levels;
+    return bits_of(step * levels) > kMaxFinite ? float_of(bits_of(step) - 1) : step;
+}
+
 }  // namespace
 
 #endif

@@ -51,7 +51,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def decompress(self, payload: Tensor, numel: int) -> Tensor:
-        """The values, float32 ``(numel,)``, that a payload stands for."""
+        """The values, float32 ``(numel,)``, that a payload stands for. Infinity stands for the largest float32."""
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
@@ -66,7 +66,7 @@ class Compressor(ABC):
     def encode(self, layout: Layout, gradients: Sequence[Tensor] | None, state: FeedbackState, chunks: Tensor) -> None:
         """v = gradient + error; payload = Q[v]; error = v - Q[v]. With momentum correction, as `FeedbackState` says.
 
-        Where v is not finite the payload says so, and error and velocity stay as they were.
+        Where v is not finite, or Q[v] is NaN, the payload says so, and error and velocity stay as they were.
 
         Parameters
         ----------
@@ -89,7 +89,10 @@ class Compressor(ABC):
             places = [slice(start, start + p.numel) for p in pieces for start in [shard * layout.shard_numel + p.offset]]
             terms, velocities = [], []
             for piece, here in zip(pieces, places, strict=True):
-                value = torch.zeros(piece.numel, device=chunks.device) if start_from is None else start_from[here].clone()
+                if start_from is None:
+                    value = torch.zeros(piece.numel, dtype=torch.float32, device=chunks.device)
+                else:
+                    value = start_from[here].clone()
                 if gradients is not None:
                     gradient = gradients[piece.tensor].view(-1)[piece.first : piece.first + piece.numel]
                     if state.velocity is not None:
@@ -101,16 +104,18 @@ class Compressor(ABC):
             if not all_within(v, LARGEST):
                 chunks[shard, 0] = _NOT_FINITE
                 continue
-            chunks[shard, 0] = _BOUNDED if all_within(v, BOUNDED) else _LARGE
             payload = self._checked_payload(v)
+            sent = self._checked_values(payload, len(v))
+            if not all_within(sent, LARGEST):  # the compressor has made NaN of finite values
+                chunks[shard, 0] = _NOT_FINITE
+                continue
+            chunks[shard, 0] = _BOUNDED if all_within(v, BOUNDED) and all_within(sent, BOUNDED) else _LARGE
             chunks[shard, _HEADER : _HEADER + len(payload)] = payload
             if state.error is None:
                 continue
-            sent = self._checked_values(payload, len(v))
             numels = [p.numel for p in pieces]
-            for here, own, rest in zip(places, sent.split(numels), (v - sent).split(numels), strict=True):
-                if state.total is not None:
-                    rest = torch.where(own.isfinite() & rest.isfinite(), rest, state.error[here])
+            rests = (v - sent).clamp_(-LARGEST, LARGEST).split(numels)  # of opposite signs they may be too far apart
+            for here, rest in zip(places, rests, strict=True):
                 state.error[here] = rest
             if velocities and state.velocity is not None:
                 for here, u, own in zip(places, velocities, sent.split(numels), strict=True):
@@ -181,7 +186,10 @@ class Compressor(ABC):
         if state.error is not None and pusher.is_within(layout, pushed, BOUNDED):
             total = state.error  # neither the sum nor the reply can overflow: no copy is needed
         else:
-            total = torch.zeros(layout.shard_numel, device=pushed.device) if state.error is None else state.error.clone()
+            if state.error is None:
+                total = torch.zeros(layout.shard_numel, dtype=torch.float32, device=pushed.device)
+            else:
+                total = state.error.clone()
             state = replace(state, total=total)
         pusher.accumulate(layout, pushed, weight, total)
         self.encode(layout, None, state, chunk.unsqueeze(0))
@@ -193,7 +201,8 @@ class Compressor(ABC):
         replied = decoded(layout, chunk[None], partial(self.decode, layout))
         for offset, values in zip(layout.offsets, replied, strict=True):
             over = values - values.clamp(-limit, limit)
-            state.error[offset : offset + len(values)] += over.masked_fill_(~values.isfinite(), 0.0)
+            error = state.error[offset : offset + len(values)]
+            error.add_(over.masked_fill_(~values.isfinite(), 0.0)).clamp_(-LARGEST, LARGEST)
 
     def prepare(self, layout: Layout, device: torch.device) -> None:  # noqa: B027 - nothing is a fine default
         """Does in advance what takes long, before the first pass over a layout."""
@@ -250,14 +259,14 @@ class Compressor(ABC):
             raise ValueError(
                 f"{self!r}.decompress must return {numel} floating-point values, got {values.dtype} {tuple(values.shape)}"
             )
-        return values.float()
+        return values.float().clamp(-LARGEST, LARGEST)  # a scale times a level may overflow; NaN stays
 
     def _chunk_values(self, chunk: Tensor, numel: int) -> Tensor:
         flag = int(chunk[0])
         if flag not in (_BOUNDED, _NOT_FINITE, _LARGE):
             raise ValueError(f"corrupted payload of {self!r}: a chunk begins with {flag}")
         if flag == _NOT_FINITE or not numel:
-            return torch.full((numel,), torch.nan, device=chunk.device)
+            return torch.full((numel,), torch.nan, dtype=torch.float32, device=chunk.device)
         return self._checked_values(chunk[_HEADER : _HEADER + self.payload_nbytes(numel)], numel)
 
 
@@ -321,7 +330,7 @@ class FusedCompressor(Compressor):
         return payload
 
     def decompress(self, payload: Tensor, numel: int) -> Tensor:
-        values = torch.empty(numel, device=payload.device)
+        values = torch.empty(numel, dtype=torch.float32, device=payload.device)
         self.decode(self._alone(numel), payload.unsqueeze(0), [values])
         return values
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ..kernels.formats import CastFormat, align
 from ..layout import Layout
 from .base import FusedCompressor
+from .checks import check_name
 
-_DTYPES = ("fp16", "bf16")
+CastDtype = Literal["fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,11 @@ class Cast(FusedCompressor):
         Another dtype.
     """
 
-    dtype: str = "fp16"
+    dtype: CastDtype = "fp16"
     family = "cast"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"Cast: dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        check_name(self, "dtype", CastDtype)
 
     def format(self, layout: Layout) -> CastFormat:
         return _format(self, layout)

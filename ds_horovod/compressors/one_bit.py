@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ..kernels.formats import OneBitFormat, align
 from ..layout import Layout
 from .base import FusedCompressor
+from .checks import check_block, check_name
 
-_SCALES = ("l1", "l2")
-_GRANULARITIES = ("block", "parameter", "bucket")
+Scale = Literal["l1", "l2"]
+Granularity = Literal["block", "parameter", "bucket"]
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,14 @@ class OneBit(FusedCompressor):
     """
 
     block: int = 2048
-    scale: str = "l1"
-    granularity: str = "block"
+    scale: Scale = "l1"
+    granularity: Granularity = "block"
     family = "one_bit"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block, int) or self.block <= 0 or self.block % 32:
-            raise ValueError(f"OneBit: block must be a positive multiple of 32, got {self.block!r}")
-        if self.scale not in _SCALES:
-            raise ValueError(f"OneBit: scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
-        if self.granularity not in _GRANULARITIES:
-            raise ValueError(f"OneBit: granularity must be one of {', '.join(_GRANULARITIES)}, got {self.granularity!r}")
+        check_block(self)
+        check_name(self, "scale", Scale)
+        check_name(self, "granularity", Granularity)
 
     def format(self, layout: Layout) -> OneBitFormat:
         return _format(self, layout)

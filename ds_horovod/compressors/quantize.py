@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ..kernels.formats import QuantizeFormat, align
 from ..layout import Layout
 from .base import FusedCompressor
+from .checks import check_block, check_name, check_number, check_seed
 
+Rounding = Literal["nearest", "stochastic"]
+Scale = Literal["absmax", "l2"]
 _BITS = (2, 3, 4, 8)
-_ROUNDINGS = ("nearest", "stochastic")
-_SCALES = ("absmax", "l2")
 _TERNARY_BITS = 0  # base 3
 
 
@@ -21,18 +23,14 @@ class _Levels(FusedCompressor):
 
     family = "quantize"
 
-    def _check(self, block: object, rounding: str, scale: str, seed: object) -> None:
-        name = type(self).__name__
-        if not isinstance(block, int) or block <= 0 or block % 32:
-            raise ValueError(f"{name}: block must be a positive multiple of 32, got {block!r}")
-        if rounding not in _ROUNDINGS:
-            raise ValueError(f"{name}: rounding must be one of {', '.join(_ROUNDINGS)}, got {rounding!r}")
-        if scale not in _SCALES:
-            raise ValueError(f"{name}: scale must be one of {', '.join(_SCALES)}, got {scale!r}")
+    def _check(self, rounding: str, scale: str) -> None:
+        check_block(self)
+        check_name(self, "rounding", Rounding)
+        check_name(self, "scale", Scale)
         if scale == "l2" and rounding != "stochastic":
+            name = type(self).__name__
             raise ValueError(f'{name}: scale="l2" needs rounding="stochastic": nearly all would be nearest to zero')
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"{name}: seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+        check_seed(self)
 
     def format(self, layout: Layout) -> QuantizeFormat:
         return _format(self, layout)
@@ -66,14 +64,13 @@ class Quantize(_Levels):
 
     bits: int = 4
     block: int = 256
-    rounding: str = "nearest"
-    scale: str = "absmax"
+    rounding: Rounding = "nearest"
+    scale: Scale = "absmax"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in _BITS:
-            raise ValueError(f"Quantize: bits must be one of {', '.join(map(str, _BITS))}, got {self.bits!r}")
-        self._check(self.block, self.rounding, self.scale, self.seed)
+        check_number(self, "bits", _BITS)
+        self._check(self.rounding, self.scale)
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
@@ -95,13 +92,13 @@ class Ternary(_Levels):
     """
 
     block: int = 256
-    rounding: str = "nearest"
-    scale: str = "absmax"
+    rounding: Rounding = "nearest"
+    scale: Scale = "absmax"
     seed: int = 0
     sparse = True
 
     def __post_init__(self) -> None:
-        self._check(self.block, self.rounding, self.scale, self.seed)
+        self._check(self.rounding, self.scale)
 
 
 @lru_cache(maxsize=1024)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ..kernels.formats import RANDOM_K_HEADER, RandomKFormat, align
 from ..layout import Layout
 from .base import FusedCompressor
+from .checks import check_name, check_seed, set_option, share
 
+Values = Literal["fp32", "fp16"]
 _VALUE_NBYTES = {"fp32": 4, "fp16": 2}
 
 
@@ -26,7 +29,7 @@ class RandomK(FusedCompressor):
     Parameters
     ----------
     ratio
-        Fraction of the elements that is sent, greater than 0 and at most 1.
+        Fraction of the elements that is sent, greater than 0 and at most 1.0: 0.01 for 1 %.
     values
         Precision of the values: "fp32" or "fp16". Rounding goes to the error.
     seed
@@ -39,18 +42,15 @@ class RandomK(FusedCompressor):
     """
 
     ratio: float = 0.01
-    values: str = "fp32"
+    values: Values = "fp32"
     seed: int = 0
     family = "random_k"
     sparse = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"RandomK: ratio must be over 0 and at most 1, got {self.ratio!r}")
-        if self.values not in _VALUE_NBYTES:
-            raise ValueError(f"RandomK: values must be one of {', '.join(_VALUE_NBYTES)}, got {self.values!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"RandomK: seed must be a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+        set_option(self, "ratio", share(self, self.ratio))
+        check_name(self, "values", Values)
+        check_seed(self)
 
     def format(self, layout: Layout) -> RandomKFormat:
         return _format(self, layout)

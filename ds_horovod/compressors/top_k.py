@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from ..kernels.formats import ENTRIES, READ_AHEAD, RUN, TopKFormat, align
 from ..layout import Layout
 from .base import FusedCompressor
+from .checks import check_name, is_whole, set_option, share
 
+Values = Literal["fp32", "fp16", "sign"]
 _VALUE_NBYTES = {"fp32": 4, "fp16": 2, "sign": 0}
 
 
@@ -25,7 +28,7 @@ class TopK(FusedCompressor):
     Parameters
     ----------
     ratio
-        Fraction of the elements that is kept, greater than 0 and at most 1. Default 0.01.
+        Fraction of the elements that is kept, greater than 0 and at most 1.0. Default 0.01, which is 1 %.
     k
         Number of elements kept in each shard, instead of a ratio.
     values
@@ -41,23 +44,20 @@ class TopK(FusedCompressor):
 
     ratio: float | None
     k: int | None
-    values: str
+    values: Values
     family = "top_k"
     sparse = True
 
-    def __init__(self, ratio: float | None = None, *, k: int | None = None, values: str = "fp32") -> None:
+    def __init__(self, ratio: float | None = None, *, k: int | None = None, values: Values = "fp32") -> None:
         if ratio is not None and k is not None:
             raise ValueError(f"TopK: give ratio or k, not both; got ratio={ratio!r} and k={k!r}")
         if k is None:
-            ratio = 0.01 if ratio is None else ratio
-            if not 0 < ratio <= 1:
-                raise ValueError(f"TopK: ratio must be over 0 and at most 1, got {ratio!r}")
-        elif not isinstance(k, int) or k < 1:
+            ratio = share(self, 0.01 if ratio is None else ratio)
+        elif not is_whole(k) or k < 1:
             raise ValueError(f"TopK: k must be a positive whole number, got {k!r}")
-        if values not in _VALUE_NBYTES:
-            raise ValueError(f"TopK: values must be one of {', '.join(_VALUE_NBYTES)}, got {values!r}")
-        for name, value in (("ratio", ratio), ("k", k), ("values", values)):
-            object.__setattr__(self, name, value)
+        for name, value in (("ratio", ratio), ("k", None if k is None else int(k)), ("values", values)):
+            set_option(self, name, value)
+        check_name(self, "values", Values)
 
     def format(self, layout: Layout) -> TopKFormat:
         return _format(self, layout)

@@ -222,7 +222,7 @@ def _switch_off(self: Any, why: str) -> None:
     self._double_squeeze_hooks.clear()
     reducer = _reducer_of(self)
     if reducer is not None and reducer.session is not None:
-        reducer.session.cancel()
+        reducer.session.drop()
     for key in self._handles:  # Horovod may still write to these gradients
         for p in key if isinstance(key, tuple) else (key,):
             p.grad = None
@@ -314,7 +314,7 @@ class _DenseGradients:
 
     def __init__(self, send: Callable[[Tensor], _Sent], wait: Callable[[_Sent], Tensor]) -> None:
         self._send, self._wait_for = send, wait
-        self._waiting: list[Tensor] = []
+        self._waiting: dict[Tensor, None] = {}
         self._under_way: dict[Tensor, _Sent] = {}
         self._results: dict[Tensor, Tensor] = {}
         self._failure: Exception | None = None
@@ -325,9 +325,12 @@ class _DenseGradients:
         """Sends a gradient now, or once backward has ended."""
         with self._unless_failed():
             if late:
-                self._waiting.append(p)
+                self._waiting[p] = None
             else:
                 self._under_way[p] = self._send(p)
+
+    def __contains__(self, p: object) -> bool:
+        return p in self._waiting or p in self._under_way or p in self._results
 
     def flush(self) -> None:
         """Backward has ended."""
@@ -414,13 +417,19 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
     if session is None:
         return original(self, p)  # type: ignore[no-any-return]
     if p.grad is None:
-        p.grad = torch.zeros_like(p)  # as Horovod does: another rank may have a gradient
-    sparse_dim = p.grad.sparse_dim() if self.sparse_as_dense and p.grad.is_sparse else None
+        p.grad = session.missing_gradient(p)  # as Horovod does: another rank may have a gradient
+        known = False
+    else:
+        known = True
+    # What is sparse only after training began without a gradient of it is compressed too: other ranks do not know of it.
+    came_late = session.started and session.covers(p) and p in session.unknown
+    sparse_dim = p.grad.sparse_dim() if p.grad.is_sparse and (self.sparse_as_dense or came_late) else None
     if sparse_dim is not None:
         p.grad = p.grad.to_dense()
+    elif known:
+        session.unknown.discard(p)
     dense: _DenseGradients = self._double_squeeze_dense
-    compressed = session.admit(p)
-    if compressed:
+    if session.admit(p):
         session.ready(p)
     else:
         small = not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES
@@ -428,10 +437,15 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
 
     def result() -> Tensor:
         session.flush()
+        for q in session.unsent():
+            dense.add(q, late=False)
+        if not session.covers(p) and p not in dense:  # another rank has told in the first step that it is sparse
+            p.grad = session.missing_gradient(p)
+            dense.add(p, late=False)
         dense.flush()
         session.drain()
         session.settle(dense.are_finite)
-        aggregated = session.finish(p) if compressed else dense.result(p)
+        aggregated = dense.result(p) if p in dense else session.finish(p)
         if sparse_dim is not None:  # as it was: some optimizers take no other
             p.grad = aggregated.to_sparse(sparse_dim)
             return p.grad.clone()

@@ -135,7 +135,7 @@ class HorovodTransport:
             return
         often, last = _number("HOROVOD_STALL_CHECK_TIME_SECONDS", 60), _number("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 0)
         message = (
-            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(names)}: "
+            f"rank {self.rank} of {self.size} has waited {seconds:.0f} seconds for {', '.join(map(_with_call, names))}: "
             "another rank has not begun that, or cannot be reached"
         )
         if last and seconds > last:
@@ -149,7 +149,8 @@ class HorovodTransport:
         """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
         # hvd.allgather_object knows no process sets, and pickles.
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        handle = hvd.allgather_async(torch.tensor([len(own)]), name=name + ".sizes", process_set=self._process_set)
+        length = torch.tensor([len(own)], dtype=torch.int64)
+        handle = hvd.allgather_async(length, name=name + ".sizes", process_set=self._process_set)
         sizes = self.result(handle, name)
         everyones = self.result(hvd.allgather_async(own, name=name, process_set=self._process_set), name)
         return [json.loads(part.numpy().tobytes()) for part in everyones.split(sizes.tolist())]
@@ -157,6 +158,10 @@ class HorovodTransport:
     def sum(self, tensor: Tensor, name: str) -> Tensor:
         """Of all ranks' tensors. Blocks."""
         return self.result(hvd.allreduce_async(tensor, op=hvd.Sum, name=name, process_set=self._process_set), name)
+
+    def begin_sum(self, tensor: Tensor, name: str) -> int | None:
+        # In place, and of what an allreduce takes alone: ranks that have called hvd.join() take part with zeros.
+        return self._begin(lambda: hvd.allreduce_async_(tensor, op=hvd.Sum, name=name, process_set=self._process_set), tensor)
 
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks.
@@ -183,6 +188,23 @@ def _has_ended() -> bool:
     """Whether Horovod's thread has ended, as it does when a rank has failed: there are no ranks any more."""
     ranks = (ctypes.c_int * hvd.size())()
     return bool(mpi_ops._basics.MPI_LIB_CTYPES.horovod_process_set_ranks(ctypes.c_int(0), ranks))
+
+
+_CALLS = {
+    r"doublesqueeze\.tensor\.(.+)\.(agreement|bucket0(\.\w+)*\.(push|pull))": r"allreduce(name='\1')",
+    r".*\.agreement": "the first step's comparison, of what ranks hold",
+    r".*\.name": "the optimizer's first step or first collective call",
+    r".*\.reset": "reset_errors()",
+    r".*\.state\..*": "broadcast_state()",
+    r".*\.bucket\d+\.(residual|velocity)": "full_state_dict()",
+    r".*\.residual": "change_compressor()",
+}
+
+
+def _with_call(name: str) -> str:
+    """The name of a collective, and the call of the user's that another rank has not made; gradients have none but step()."""
+    call = next((found.expand(call) for pattern, call in _CALLS.items() if (found := re.fullmatch(pattern, name))), None)
+    return name if call is None else f"{name} ({call})"
 
 
 def _number(variable: str, default: int) -> int:

@@ -102,7 +102,7 @@ class _Regions(NamedTuple):
 @lru_cache(maxsize=1024)
 def _regions(block: int, granularity: str, layout: Layout, device: torch.device) -> _Regions:
     if granularity == "block":
-        return _Regions(by_value(_REGIONS, 0, 0, 0), torch.empty(0), 0, 0)
+        return _Regions(by_value(_REGIONS, 0, 0, 0), torch.empty(0, dtype=torch.int64), 0, 0)
     blocks = [-(-numel // block) for numel in layout.numels]
     first_block = np.cumsum([0, *blocks])
     first_tensor = [pieces[0].tensor if pieces else 0 for pieces in layout.pieces]
@@ -351,7 +351,7 @@ class _OneBit(_Family[OneBitFormat]):
             return super().encode(format, layout, gradients, state, chunks)
         call = self.call(format, layout, chunks.device)
         tensors, kept, payload = call.tensors(gradients), call.state(state, gradients), call.payload(chunks, layout.shards)
-        sums = torch.empty(call.regions.blocks, device=chunks.device)
+        sums = torch.empty(call.regions.blocks, dtype=torch.float32, device=chunks.device)
         call.launch("sums", call.kernels.encodes, tensors, kept, np.uint64(sums.data_ptr()))
         call.scales(sums, payload)
         call.launch("signs", call.kernels.encodes, tensors, kept, payload)
@@ -363,8 +363,8 @@ class _OneBit(_Family[OneBitFormat]):
             return super().serve(format, layout, pushed, weight, state, chunk)
         call = self.call(format, layout, chunk.device)
         workers, payload = call.pushed(pushed, weight), call.payload(chunk, 1)
-        sums = torch.empty(call.regions.blocks, device=chunk.device)
-        total = torch.empty(layout.numel, device=chunk.device)
+        sums = torch.empty(call.regions.blocks, dtype=torch.float32, device=chunk.device)
+        total = torch.empty(layout.numel, dtype=torch.float32, device=chunk.device)
         flat = call.flat(state.error), call.flat(total)
         call.launch("serve_sums", call.kernels.encodes, *workers, *flat, np.uint64(sums.data_ptr()))
         call.scales(sums, payload)

@@ -11,6 +11,7 @@ from ..feedback import FeedbackState
 from ..layout import Layout, Piece
 
 _ROW = 32  # elements whose bits share a word
+_LARGEST = torch.finfo(torch.float32).max
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -24,7 +25,7 @@ def put(gradients: Sequence[Tensor], piece: Piece, values: Tensor) -> None:
 
 def decoded(layout: Layout, chunks: Tensor, decode: Callable[[Tensor, Sequence[Tensor]], None]) -> list[Tensor]:
     """The values of some chunks in new float32 tensors, by ``decode(chunks, tensors)``."""
-    values = [torch.empty(numel, device=chunks.device) for numel in layout.numels]
+    values = [torch.empty(numel, dtype=torch.float32, device=chunks.device) for numel in layout.numels]
     decode(chunks, values)
     return values
 
@@ -41,28 +42,31 @@ def nonfinite_mask(layout: Layout, values: Sequence[Tensor]) -> Tensor:
     flat = torch.zeros(layout.numel, dtype=torch.bool, device=values[0].device if values else None)
     for offset, arrived in zip(layout.offsets, values, strict=True):
         flat[offset : offset + len(arrived)] = ~arrived.isfinite()
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=flat.device)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.int64, device=flat.device)
     return (flat.view(-1, 8) * powers).sum(1).to(torch.uint8).view(torch.int32)
 
 
 def rollback(
     layout: Layout, sent: Sequence[Tensor], mask: Tensor, gradients: Sequence[Tensor], state: FeedbackState, sparse: bool
 ) -> None:
-    """As `Passes.rollback`, where the payload has been decoded to what was sent."""
+    """As `Passes.rollback`, where the payload has been decoded to what was sent.
+
+    What rounding takes past the largest float stays there: an infinite error would never go away.
+    """
     assert state.error is not None
-    bits = (mask[:, None] >> torch.arange(_ROW, device=mask.device) & 1).bool().view(-1)
+    bits = (mask[:, None] >> torch.arange(_ROW, dtype=torch.int32, device=mask.device) & 1).bool().view(-1)
     for offset, gradient, own in zip(layout.offsets, gradients, sent, strict=True):
         here = slice(offset, offset + len(own))
         g = gradient.view(-1).float()
         where = bits[here] & own.isfinite() & g.isfinite()
         e = state.error[here]
         if state.velocity is None:
-            e[where] = e[where] + own[where] - g[where]
+            e[where] = (e[where] + own[where] - g[where]).clamp_(-_LARGEST, _LARGEST)
             continue
         u = state.velocity[here]
         cleared = (own != 0) if sparse else torch.zeros_like(where)
         kept = where & ~cleared
-        e[kept] = e[kept] + own[kept] - u[kept]
-        u[kept] = (u[kept] - g[kept]) / state.momentum
+        e[kept] = (e[kept] + own[kept] - u[kept]).clamp_(-_LARGEST, _LARGEST)
+        u[kept] = ((u[kept] - g[kept]) / state.momentum).clamp_(-_LARGEST, _LARGEST)
         gone = where & cleared
-        e[gone] = e[gone] + own[gone] - g[gone]
+        e[gone] = (e[gone] + own[gone] - g[gone]).clamp_(-_LARGEST, _LARGEST)

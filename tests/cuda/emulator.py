@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import functools
 import hashlib
 import os
 import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,8 @@ SCHEDULES = {
 """Who goes on when several threads can; what the numbers are stands in emulation.h."""
 SANITIZED = "DS_HOROVOD_EMULATE_SANITIZED"
 """Environment variable: kernels are compiled with AddressSanitizer and UBSan, which `sanitized` loads first."""
-_SANITIZE = ("-g", "-fsanitize=address,undefined", "-fsanitize-sections=emulated_shared", "-fno-sanitize-recover=all")
+# Without optimization: compiling it takes longer than running it.
+_SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fsanitize-sections=emulated_shared", "-fno-sanitize-recover=all")
 
 
 def sanitized(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -58,23 +62,43 @@ class EmulationError(RuntimeError):
     """A kernel did what CUDA does not allow."""
 
 
-def compile_shared(source: str, flags: tuple[str, ...] = ()) -> Path:
-    """A shared library with ``emulated_<kernel>`` for each kernel of the source; kept, and compiled once."""
-    names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)
-    code = source + "".join(f"\nEMULATE({name})" for name in names) + "\n"
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-w", *flags]
-    digest = hashlib.sha256("\0".join([code, HEADER.read_text(), *command]).encode()).hexdigest()[:16]
+@functools.cache
+def _compiler() -> str:
+    return subprocess.check_output(["g++", "--version"], text=True)
+
+
+def compiled(command: Sequence[str], content: str, source: str | None = None) -> Path:
+    """The shared library that ``g++ command -o LIBRARY`` makes, kept for other processes and for later runs.
+
+    Parameters
+    ----------
+    content
+        Of all files that go into it: should one change, so does the library.
+    source
+        What the compiler reads from its standard input.
+    """
+    digest = hashlib.sha256("\0".join([_compiler(), *command, content, source or ""]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ds_horovod-emulated-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{digest}.so"
-    if not library.exists():
-        written = folder / f"{digest}.{os.getpid()}.so"
-        command += ["-include", str(HEADER), "-x", "c++", "-", "-o", str(written)]
-        result = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise EmulationError(result.stderr[-4000:])
-        written.rename(library)
+    with open(folder / f"{digest}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait rather than compile it too
+        if not library.exists():
+            written = folder / f"{digest}.{os.getpid()}.so"
+            command = ["g++", *command, "-o", str(written)]
+            result = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise EmulationError(result.stderr[-4000:])
+            written.rename(library)
     return library
+
+
+def compile_shared(source: str, flags: tuple[str, ...] = ()) -> Path:
+    """A shared library with ``emulated_<kernel>`` for each kernel of the source."""
+    names = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', source)
+    code = source + "".join(f"\nEMULATE({name})" for name in names) + "\n"
+    command = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-w", *flags]
+    return compiled([*command, "-include", str(HEADER), "-x", "c++", "-"], HEADER.read_text(), code)
 
 
 class EmulatedKernel:

@@ -192,7 +192,7 @@ def the_state_of_one_rank_for_all():
 
 @check
 def the_own_state_of_a_rank_for_all():
-    """What it owes is divided, and counted once; what others owed is replaced."""
+    """Its residual is divided, and counted once; those of the others are replaced."""
     for make in OPTIONS.values():
         model, optimizer = trained(make)
         root = hvd.size() - 1
@@ -203,9 +203,24 @@ def the_own_state_of_a_rank_for_all():
                 other.double_squeeze.load_state_dict(optimizer.double_squeeze.state_dict())
             other.double_squeeze.broadcast_state(root)
             assert_close(other.double_squeeze.full_state_dict()["errors"], expected)
+            assert other.double_squeeze.full_state_dict()["step"] == 3
             if again is not model:
                 train_step(again, other, 3)
                 assert_identical(again)
+
+
+@check
+def what_was_loaded_before_the_last_step_is_no_longer_that_of_all():
+    """From then on the root's own state is but its own."""
+    model, optimizer = trained(OPTIONS["1-bit"])
+    optimizer.double_squeeze.load_state_dict(optimizer.double_squeeze.full_state_dict())
+    train_step(model, optimizer, 3)
+    own = {name: r.error.clone() for name, r in optimizer.double_squeeze._reducer.residuals().items()}
+    expected = {name: everyones(error)[0] for name, error in own.items()}
+    optimizer.double_squeeze.broadcast_state()
+    assert_close(optimizer.double_squeeze.full_state_dict()["errors"], expected)
+    train_step(model, optimizer, 4)
+    assert_identical(model)
 
 
 @check
@@ -315,15 +330,15 @@ def other_compressions_stay_horovods():
 
 @check
 def a_new_optimizer_for_the_same_model():
-    """While the old one is there, once it is gone, with gradients under way, and in place of one that has no compression."""
-    for case in ("there", "gone", "under way", "stock", "stock, under way", "same options"):
+    """While the old one is there, once it is gone, with gradients in flight, and in place of one that has no compression."""
+    for case in ("there", "gone", "in flight", "stock", "stock, in flight", "same options"):
         results = []
         for replaced in (True, False):
             model = small_model()
             if replaced:
                 old = distributed(model, hvd.Compression.none if "stock" in case else squeeze(OneBit(64)))
                 train_step(model, old, 9)
-                if "under way" in case:
+                if "in flight" in case:
                     accumulate(model, 10, 1)
                 model.load_state_dict(small_model().state_dict())
             if case == "gone" and replaced:
@@ -370,8 +385,9 @@ def errors_move_to_a_new_optimizer():
     new = distributed(model, squeeze(TopK(0.1)), torch.optim.Adam, {"lr": 1e-3})
     new.double_squeeze.load_state_dict(old.double_squeeze.full_state_dict())  # the old one holds them until then
     assert_close(new.double_squeeze.full_state_dict()["errors"], errors["errors"])
-    train_step(model, new, 3)
-    assert_identical(model)
+    for step in (3, 4):
+        train_step(model, new, step)
+        assert_identical(model)
 
 
 @check

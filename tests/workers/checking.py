@@ -1,7 +1,7 @@
 """What the scripts of checks share: run by ``horovodrun -np N python tests/workers/SCRIPT.py FILE``.
 
 Every rank runs every check of a script in the same order and writes FILE.<rank>: a JSON object of check -> "" or a
-traceback. `horovod_jobs.checks` makes a test of each check.
+traceback. test_horovod.py makes a test of each check.
 """
 
 import json
@@ -109,6 +109,7 @@ def errors_in_gradient_order(optimizer):
 
 
 def main(process_sets=None):
+    assert len({function.__name__ for function in CHECKS}) == len(CHECKS), "two checks have the same name"
     hvd.init(process_sets=process_sets)
     torch.set_num_threads(1)
     results = {}

@@ -2,8 +2,10 @@
 
 import math
 import tempfile
+import time
 import warnings
 from functools import partial
+from threading import Thread
 
 import horovod.torch as hvd
 import torch
@@ -110,7 +112,7 @@ def conservation_law_with_momentum():
     model = small_model()
     optimizer = distributed(model, squeeze(TopK(0.05, values="sign"), momentum=momentum), options={"lr": lr})
 
-    def waiting():
+    def residual():
         return {name: worker + server for name, (worker, server) in errors_in_gradient_order(optimizer).items()}
 
     def velocities():
@@ -124,10 +126,10 @@ def conservation_law_with_momentum():
     for name, p in model.named_parameters():
         p.register_hook(partial(local.__setitem__, name))
     for step in range(6):
-        before, velocity = waiting(), velocities()
+        before, velocity = residual(), velocities()
         start = {name: p.detach().double().clone() for name, p in model.named_parameters()}
         train_step(model, optimizer, step)
-        after = waiting()
+        after = residual()
         for name, p in model.named_parameters():
             if name in before:
                 gradient = everyones(local[name].double()).mean(0).view(-1)
@@ -200,28 +202,26 @@ def dense_exchange_equals_stock():
 @check
 def bytes_handed_to_horovod_equal_the_formula():
     handed = {"alltoall": 0, "allgather": 0}
-    horovod = transport_module.mpi_ops
-    originals = horovod._alltoall_async, horovod._allgather_async
+    ops = transport_module.mpi_ops
+    originals = ops._alltoall_async, ops._allgather_async
 
     def counting(kind, original):
-        def call(*args):
-            tensor, *_, name, _ = args
-            if ".bucket" in name:  # and not the agreement of the first step
+        def call(tensor, *args):
+            if any(".bucket" in name for name in args if isinstance(name, str)):  # and not the agreement of the first step
                 handed[kind] += tensor.numel() * tensor.element_size()
-            return original(*args)
+            return original(tensor, *args)
 
         return call
 
     n, steps, block = hvd.size(), 3, 64
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(block), bucket_cap_mb=None))
-    horovod._alltoall_async = counting("alltoall", originals[0])
-    horovod._allgather_async = counting("allgather", originals[1])
+    ops._alltoall_async, ops._allgather_async = counting("alltoall", originals[0]), counting("allgather", originals[1])
     try:
         for step in range(steps):
             train_step(model, optimizer, step)
     finally:
-        horovod._alltoall_async, horovod._allgather_async = originals
+        ops._alltoall_async, ops._allgather_async = originals
     blocks = sum(math.ceil(p.numel() / block) for p in model.parameters() if p.dim() > 1)
     in_shard = math.ceil(blocks / n)
     chunk = 16 * math.ceil((16 * math.ceil(4 * in_shard / 16) + in_shard * block / 8) / 16)
@@ -247,17 +247,210 @@ def a_single_server_bears_the_traffic():
 
 @check
 def every_bucket_leaves_before_the_step_ends():
-    """From the second step on, buckets are under way when backward returns: nothing waits for step()."""
+    """From the second step on, buckets are in flight when backward returns: nothing waits for step()."""
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(64)))
     train_step(model, optimizer, 0)
     x, y = batch(1)
     optimizer.zero_grad()
+    model[2].weight.register_hook(lambda _: time.sleep(0.2))  # ranks have said by then that they take part
     cross_entropy(model(x), y).backward()
     session = optimizer.double_squeeze._reducer.session
     assert len(session.buckets) > 1 and not any(session._step.waits_for(bucket) for bucket in session.buckets)
     assert session.step == 2 and not session._step.flushed
     optimizer.step()
+
+
+@check
+def ranks_that_have_joined_take_part_with_nothing():
+    """As with stock Horovod, whose averages those of the ranks are that still train; then all go on together."""
+    results = []
+    for compression in (hvd.Compression.none, squeeze(NoCompression()), squeeze(TopK(0.1))):
+        model = small_model()
+        optimizer = distributed(model, compression)
+        for _ in range(2):
+            for step in range(3 + 2 * hvd.rank()):
+                train_step(model, optimizer, step)
+            residuals = None if compression is hvd.Compression.none else optimizer.double_squeeze.state_dict()["buckets"]
+            assert hvd.join() == hvd.size() - 1
+            hvd.broadcast_parameters(model.state_dict(), root_rank=hvd.size() - 1)
+        for step in range(2):
+            train_step(model, optimizer, step)
+        assert_identical(model)
+        if residuals is not None:
+            assert optimizer.double_squeeze._reducer.session.step == 8, "steps without all ranks are no exchanges"
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert hvd.join() >= 0  # as a barrier, with nothing under way
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.1)))
+    train_step(model, optimizer, 0)
+    hvd.join()
+    train_step(model, optimizer, 1)
+    assert_identical(model)
+
+
+@check
+def momentum_and_join_do_not_go_together():
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.1), momentum=0.5))
+    train_step(model, optimizer, 0)
+    if hvd.rank() == 0:
+        with raises(RuntimeError, "ranks have called hvd.join() while others still train", "momentum=0.5"):
+            train_step(model, optimizer, 1)
+    hvd.join()
+
+
+@check
+def a_layer_that_is_frozen_on_some_ranks():
+    """Replicas stay alike, as with stock Horovod; what is frozen everywhere stays where it is."""
+    for compressor in (NoCompression(), OneBit(64), TopK(0.1), OneBit(64, granularity="bucket")):
+        model = small_model()
+        optimizer = distributed(model, squeeze(compressor, bucket_cap_mb=None))
+        for step in range(6):
+            model[0].requires_grad_((step + hvd.rank()) % 2 == 0)
+            model[2].requires_grad_(step not in (0, 3, 4))
+            before = flat(model[2].parameters())
+            train_step(model, optimizer, step)
+            assert_identical(model)
+            assert torch.equal(before, flat(model[2].parameters())) == (step in (0, 3, 4)), (compressor, step)
+
+
+@check
+def gradients_that_are_slices_of_one_tensor():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.parts = nn.ParameterList(nn.Parameter(torch.randn(20, 33) / 6) for _ in range(3))
+            self.head = nn.Linear(60, 7)
+
+        def forward(self, x):
+            return self.head(torch.tanh(nn.functional.linear(x, torch.cat(list(self.parts)))))
+
+    results = []
+    for compression in (hvd.Compression.none, squeeze(NoCompression()), squeeze(TopK(0.1))):
+        for flat_buffer in (False, True):
+            model = Joined()
+            own = compression if compression is hvd.Compression.none else squeeze(compression.options.compressor)
+            optimizer = distributed(model, own, backward_passes_per_step=2)
+            buffer = torch.zeros(sum(p.numel() for p in model.parameters()))
+            for step in range(4):
+                if flat_buffer:
+                    buffer.zero_()
+                    for p, part in zip(model.parameters(), buffer.split([q.numel() for q in model.parameters()]), strict=True):
+                        p.grad = part.view(p.shape)
+                else:
+                    optimizer.zero_grad()
+                accumulate(model, step, 2)
+                optimizer.step()
+                assert_identical(model)
+            results.append(flat(model.parameters()))
+    for result in results[1:4]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+@check
+def clipping_through_data_is_refused_in_the_first_step():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    accumulate(model, 0, 1)
+    for p in model.parameters():
+        p.grad.data.clamp_(-1e-4, 1e-4)
+    with raises(RuntimeError, "was changed after backward() and before synchronize()"):
+        optimizer.step()
+
+
+class Words(nn.Module):
+    """An embedding that a batch may not use, before a layer that it does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(50, 40, sparse=True), nn.Linear(40, 7)
+
+    def forward(self, rows):
+        x = self.words(rows) if rows is not None else torch.ones(16, 40)
+        return self.head(x)
+
+
+@check
+def sparse_embeddings_that_are_not_always_used():
+    """By nobody at first; by some ranks at first; by some ranks later: a gradient that is missing counts as zero."""
+    patterns = {
+        "by nobody at first": lambda step, rank: step > 0,
+        "by some at first": lambda step, rank: step > 0 or rank == 0,
+        "by some later": lambda step, rank: step != 2 or rank == 0,
+        "by one in turn": lambda step, rank: step % hvd.size() == rank,
+    }
+    for name, uses in patterns.items():
+        results = []
+        for compression in (None, squeeze(NoCompression()), squeeze(TopK(0.2))):
+            model = Words()
+            optimizer = distributed(model, compression) if compression else torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(4):
+                g = torch.Generator().manual_seed(10 * step + hvd.rank())
+                rows = torch.randint(0, 50, (16,), generator=g)
+                y = torch.randint(0, 7, (16,), generator=g)
+                optimizer.zero_grad()
+                cross_entropy(model(rows if uses(step, hvd.rank()) else None), y).backward()
+                if compression is None:
+                    for i, p in enumerate(model.parameters()):
+                        own = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+                        p.grad = hvd.allreduce(own, name=f"words.{i}")
+                optimizer.step()
+                assert_identical(model)
+            results.append(flat(model.parameters()))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@check
+def steps_after_a_skipped_one_are_told_by_what_was_handed_over():
+    """Zeroed in place, gone, or assigned by hand: it is another step, and not the skipped one again."""
+    for zero in (False, True):
+        model = small_model()
+        optimizer = distributed(model, squeeze(OneBit(64)))
+        train_step(model, optimizer, 0)
+        optimizer.zero_grad()
+        accumulate(model, 1, 1)
+        optimizer.synchronize()  # and no step(): skipped
+        model.zero_grad(set_to_none=zero)
+        if hvd.rank() == 0:
+            accumulate(model, 2, 1)
+        optimizer.step()
+        assert_identical(model)
+    results = []
+    for compression in (hvd.Compression.none, squeeze(NoCompression())):
+        model = small_model()
+        optimizer = distributed(model, compression)
+        for step in range(3):
+            x, y = batch(step)
+            gradients = torch.autograd.grad(cross_entropy(model(x), y), list(model.parameters()))
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient
+            optimizer.synchronize()
+            if step != 1:
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+        assert_identical(model)
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@check
+def backward_in_two_threads():
+    model = nn.ModuleList([small_model(0), small_model(1)])
+    optimizer = distributed(model, squeeze(TopK(0.1)))
+    for step in range(30):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        threads = [Thread(target=lambda m=m, x=x, y=y: cross_entropy(m(x), y).backward()) for m in model]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        optimizer.step()
+    assert_identical(model)
 
 
 # ---- Horovod's ways
@@ -620,7 +813,7 @@ def load_state_dict_in_mid_step():
         optimizer = distributed(model, squeeze(OneBit(64)), backward_passes_per_step=passes)
         for step in range(4):
             accumulate(model, step, passes)
-            if step == 2:  # under way, and then forgotten
+            if step == 2:  # in flight, and then forgotten
                 optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.zero_grad()
                 accumulate(model, step, passes)

@@ -3,8 +3,8 @@
     horovodrun -np 2 --min-np 1 --max-np 3 --host-discovery-script SCRIPT python tests/workers/elastic.py HOSTS
 
 SCRIPT prints the file HOSTS, which rank 0 rewrites. After every step each rank checks that replicas are identical and that
-what has arrived and what is owed add up to the gradients; after every change of ranks that those which are still there owe what
-they did.
+what has arrived and the residual add up to the gradients; after every change of ranks that those which remain have kept their
+residuals.
 """
 
 import os
@@ -50,10 +50,10 @@ state = hvd.elastic.TorchState(
 names = set()
 """With which names of collectives have begun, here."""
 committed = dict(zeros)
-"""What this rank owed at the last commit."""
+"""The residual of this rank at the last commit."""
 
 
-def owed_by_all():
+def total_residual():
     return {name: error.double() for name, error in compression.full_state_dict()["errors"].items()}
 
 
@@ -64,10 +64,10 @@ def assert_close(actual, expected, what):
 
 
 def look_after_a_change():
-    """Those that are still there owe what they did."""
+    """The ranks that remain have kept their residuals."""
     sums = {name: hvd.allreduce(committed[name], op=hvd.Sum, name=f"committed.{name}") for name in zeros}
-    now = owed_by_all()
-    assert_close(now, sums, "owed")
+    now = total_residual()
+    assert_close(now, sums, "residual")
     lost = sum(float((state.total[name] - state.arrived[name] - now.get(name, 0.0)).abs().max()) for name in zeros)
     left = hvd.size() < [2, 2, 3, 2, 1, 2][state.stage]
     if not OPTIONS:
@@ -89,7 +89,7 @@ def train_step():
     state.arrived = {name: state.arrived[name] + gradients[name].grad.double() for name in zeros}
     state.total = {name: state.total[name] + mean[name] for name in zeros}
     if not OPTIONS:  # with momentum there is more to count
-        errors = owed_by_all()
+        errors = total_residual()
         assert_close({n: state.arrived[n] + errors.get(n, 0.0) for n in zeros}, state.total, "law")
 
 

@@ -1,4 +1,4 @@
-"""What lives longer than a step, on a real Horovod: see checking.py."""
+"""State that lasts longer than a step, on a real Horovod: see checking.py."""
 
 import os
 import tempfile
@@ -24,8 +24,8 @@ from ds_horovod import Cast, DoubleSqueeze, OneBit, Quantize, TopK
 PAIR = hvd.ProcessSet([0, 1])
 
 
-def owed(optimizer):
-    """mean_i(e_i) + E, counted by hand."""
+def total_residual(optimizer):
+    """mean_i(e_i) + E, added up by hand."""
     return {name: worker + server for name, (worker, server) in errors_in_gradient_order(optimizer).items()}
 
 
@@ -54,7 +54,7 @@ def one_file_for_any_number_of_ranks():
         for step in range(3):
             train_step(model, optimizer, step)
         state = optimizer.double_squeeze.full_state_dict()
-        expected = owed(optimizer)
+        expected = total_residual(optimizer)
         assert_equal(state["errors"], expected)
         assert all(error.abs().max() > 0 for error in state["errors"].values())
         folder = hvd.broadcast_object(tempfile.mkdtemp(), name="folder")
@@ -67,7 +67,7 @@ def one_file_for_any_number_of_ranks():
         again.load_state_dict(model.state_dict())
         resumed = distributed(again, make())
         resumed.double_squeeze.load_state_dict(state)
-        assert_equal(owed(resumed), expected)
+        assert_equal(total_residual(resumed), expected)
         assert_equal(resumed.double_squeeze.full_state_dict()["velocities"], state["velocities"])
         for step in range(3, 5):
             train_step(again, resumed, step)
@@ -96,9 +96,9 @@ def another_compressor_in_mid_training():
             for step in range(2):
                 train_step(model, optimizer, step)
                 assert_identical(model)
-            before = owed(optimizer)
+            before = total_residual(optimizer)
             optimizer.double_squeeze.change_compressor(after, None if case == "1-bit" else Cast("fp16"))
-            assert_equal(owed(optimizer), before)
+            assert_equal(total_residual(optimizer), before)
         for step in range(2):
             train_step(model, optimizer, step)
             assert_identical(model)

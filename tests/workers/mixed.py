@@ -43,8 +43,8 @@ def scaled_step(model, optimizer, scaler, step, overflows=False, autocast=None):
     return float(loss.detach())
 
 
-def kept(optimizer):
-    """What waits in all errors, in units of gradients that are not scaled."""
+def total_error(optimizer):
+    """mean_i(e_i) + E of all parameters, in units of gradients that are not scaled."""
     scale = optimizer.double_squeeze._reducer.units.scale
     return flat([worker + server for worker, server in errors_in_gradient_order(optimizer).values()]) / scale
 
@@ -86,12 +86,12 @@ def overflow_on_one_rank_is_skipped_on_all_and_leaves_no_trace():
             weights, before = flat(model.parameters()), None
             overflows = step in (2, 3, 6)
             if overflows:
-                before = kept(optimizer)
+                before = total_error(optimizer)
             scaled_step(model, optimizer, scaler, step, overflows)
             assert_identical(model)
             assert torch.equal(weights, flat(model.parameters())) == overflows
             if before is not None:
-                torch.testing.assert_close(kept(optimizer), before, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(total_error(optimizer), before, rtol=1e-3, atol=1e-5)
                 assert before.abs().max() > 1e-3
             scales.append(math.log2(scaler.get_scale()))
         assert scales == [12, 12, 11, 10, 10, 10, 9, 9, 9], scales
@@ -323,6 +323,115 @@ def schedules_momentum_and_weight_decay_are_those_of_torch():
             results.append(flat(model.parameters()))
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+@check
+def the_default_dtype_changes_nothing():
+    """Weights and errors are bit for bit what they are with float32: for models of any dtype, with all that has a state."""
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for default in (torch.float32, torch.bfloat16, torch.float64):
+            results.append([])
+            for compressor, options in (
+                (TopK(0.1, values="sign"), {"momentum": 0.5, "max_norm": 1.0}), (OneBit(64), {"warmup_steps": 1}),
+                (Quantize(4, 64), {"server": 0}), (RandomK(0.1), {"server_compressor": NoCompression()}),
+            ):  # fmt: skip
+                model = small_model(dtype=dtype)
+                optimizer = distributed(model, squeeze(compressor, **options))
+                torch.set_default_dtype(default)
+                try:
+                    _train_with_states(model, optimizer, dtype)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+                assert_identical(model)
+                errors = [e for bucket in optimizer.double_squeeze.state_dict()["buckets"] for e in _arrays(bucket)]
+                assert all(e.dtype == torch.float32 for e in errors)
+                results[-1] += [flat(model.parameters()), flat(errors)]
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _arrays(bucket):
+    return [value for value in bucket.values() if isinstance(value, torch.Tensor)]
+
+
+def _train_with_states(model, optimizer, dtype):
+    gradients = torch.Generator().manual_seed(hvd.rank())
+
+    def step():
+        optimizer.zero_grad()
+        outputs = []
+        for p in model.parameters():
+            outputs.append((p * torch.randn(p.shape, generator=gradients, dtype=torch.float32).to(dtype)).sum())
+        torch.stack(outputs).sum().backward()
+        optimizer.step()
+
+    step()
+    squeeze = optimizer.double_squeeze
+    squeeze.load_state_dict(squeeze.full_state_dict())
+    step()
+    squeeze.broadcast_state(root_rank=hvd.size() - 1)
+    step()
+    squeeze.load_state_dict(squeeze.state_dict())
+    squeeze.change_compressor(squeeze.options.compressor)
+    step()
+
+
+@check
+def a_guard_that_skips_an_absurd_batch_skips_no_other():
+    """The spike would wait in the errors of the workers and of the server, and the guard would skip most later steps."""
+    for compression in (
+        squeeze(TopK(0.01)), squeeze(OneBit(64)), squeeze(TopK(0.01, values="sign"), momentum=0.5),
+        squeeze(Quantize(4, 64), server=0),
+    ):  # fmt: skip
+        model = small_model()
+        optimizer = distributed(model, compression)
+        skipped, first = [], None
+        for step in range(30):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            (loss * (1e6 if (step, hvd.rank()) == (3, hvd.size() - 1) else 1)).backward()
+            optimizer.synchronize()
+            if float(flat([p.grad for p in model.parameters()]).norm()) > 20:
+                skipped.append(step)
+                optimizer.double_squeeze.reset_errors()
+                assert not any(e.any() for pair in errors_in_gradient_order(optimizer).values() for e in pair)
+                continue
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            assert_identical(model)
+            first = loss.item() if first is None else first
+        assert skipped == [3], f"{compression}: {skipped}"
+
+
+@check
+def max_norm_keeps_an_absurd_batch_out():
+    model = small_model()
+    optimizer = distributed(model, squeeze(TopK(0.01), max_norm=1.0))
+    for step in range(10):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (cross_entropy(model(x), y) * (1e30 if (step, hvd.rank()) == (3, hvd.size() - 1) else 1)).backward()
+        optimizer.synchronize()
+        assert float(flat([p.grad for p in model.parameters()]).norm()) < 10
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@check
+def errors_are_dropped_between_two_steps_alone():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64)))
+    optimizer.double_squeeze.reset_errors()  # before the first step, too
+    train_step(model, optimizer, 0)
+    x, y = batch(1)
+    optimizer.zero_grad()
+    cross_entropy(model(x), y).backward()
+    with raises(RuntimeError, "gradients are under way"):
+        optimizer.double_squeeze.reset_errors()
+    optimizer.step()
+    assert_identical(model)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ OTHERS = {
 
 @check
 def every_optimizer_of_torch_even_where_no_rank_has_a_gradient():
-    """Gradients of half of the model come one step in two; the others are zeros then, and what is owed still arrives."""
+    """Gradients of half of the model come one step in two; the others are zeros then, and their residuals still arrive."""
     kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in OTHERS}
     assert len(kinds) >= 12 and set(OPTIMIZERS) <= set(kinds)
     for name, kind in kinds.items():

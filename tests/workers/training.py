@@ -1,7 +1,7 @@
 """Trains for some steps. `--at PHASE` ends the last rank in the third step, as `--how` says.
 
 Phases: push (before it), serve (between push and pull), decode, dense (in Horovod's allreduce), agreement (of the first step),
-sum (of what all ranks owe, for a checkpoint that any number of ranks may load).
+sum (of the residuals of all ranks, for a checkpoint that any number of ranks may load).
 A checkpoint is written before each step. Ranks that end with Horovod's error say so, with exit status 7.
 """
 

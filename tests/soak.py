@@ -37,6 +37,7 @@ from common import provenance
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
 PATIENCE = 60.0  # seconds
 PATIENCE_TO_RECOVER = 60.0  # Gloo may take 5 seconds to notice
+PATIENCE_TO_BEGIN = 180.0
 HOSTS = ["localhost", "127.0.0.1", "127.1"]  # all of them this one, but a host that fails is used no more
 TRAINS = re.compile(r"rank (\d+) of (\d+): process (\d+)")
 
@@ -129,7 +130,7 @@ def recover(seed: int, forks: Path, folder: Path) -> list[dict]:
     """One job, and what became of each recovery."""
     draw, kind = random.Random(seed // 2), ["ours", "stock"][seed % 2]
     job, results = Job(seed, kind, forks, folder), []
-    ranks = job.listen(PATIENCE_TO_RECOVER, most=len(HOSTS))
+    ranks = job.listen(PATIENCE_TO_BEGIN, most=len(HOSTS))
     if not ranks:
         results.append({"seed": seed, "kind": kind, "end": "never began"})
     while ranks > 1:

@@ -53,12 +53,15 @@ def test_a_killed_server_or_worker_of_one_server_surfaces_too(server, phase):
 def test_horovods_thread_ends_while_python_begins_another_collective(kind):
     """It needs no GIL for the tensors that it has, so it comes to an end, and the other collective is told so."""
     script = ROOT / "tests" / "workers" / "leaving.py"
-    with separate_ranks(2, str(script), kind) as processes:
-        assert processes[0].stdout.readline() == "begun\n"
+    with separate_ranks(2, str(script), kind) as (rank, other):
+        while "begun" not in rank.output and rank.exitcode is None:
+            time.sleep(0.01)
         time.sleep(1)  # until Python has the GIL again
-        processes[1].kill()
-        output = processes[0].communicate(timeout=60)[0]
+        other.kill()
+        rank.wait(60)
+        output = rank.output
     assert "told: Horovod has been shut down" in output, output
+    assert "DoubleSqueeze: Horovod has been shut down before another could begin" in output, output
 
 
 def left_over(output):

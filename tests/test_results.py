@@ -120,6 +120,9 @@ def test_the_design_says_what_the_soak_holds():
     assert f"Of {len(jobs)} jobs with a rank killed" in text
     assert f"In {ended} all others ended with HorovodInternalError; in {len(jobs) - ended} Gloo aborted one" in text
     assert not any(job["end"] == "hang" or job["checkpoint"] == "empty" for job in jobs)
+    jobs = [job for job in results()["recoveries"]["jobs"] if job["end"] != "never began"]
+    ours, stock = ([job["end"] == "recovered" for job in jobs if job["kind"] == kind] for kind in ("ours", "stock"))
+    assert f"{sum(ours)} of {len(ours)} recoveries came to an end, beside {sum(stock)} of {len(stock)} without" in text
 
 
 def test_a_target_that_is_missed_is_said_to_be():

@@ -38,6 +38,7 @@ transport = HorovodTransport(server=0 if kind == "broadcast" else None)
 if hvd.rank() == 1:
     time.sleep(1000)
 begin(0)
+transport.waiting(1.0, ["this"])
 sys.setswitchinterval(1000)
 print("begun", flush=True)
 end = time.perf_counter() + 4
@@ -46,4 +47,8 @@ while time.perf_counter() < end:
 try:
     begin(1)
 except HorovodInternalError as error:
-    print(f"told: {error}", flush=True)
+    told = str(error)
+try:  # what has begun too late to be told
+    transport.waiting(1.0, ["another"])
+except HorovodInternalError as error:
+    print(f"told: {told}\n{error}", flush=True)

@@ -8,7 +8,6 @@ import torch
 
 from ds_horovod import DoubleSqueeze, OneBit, streams
 from ds_horovod.double_squeeze import bind
-from ds_horovod.horovod.transport import _number, require_horovod_for
 from ds_horovod.in_process import InProcessTransport
 
 WORKERS = 2
@@ -129,6 +128,9 @@ def test_what_is_only_ordered_by_the_default_stream_is_waited_for(gpu):
     "value, expected", [("1", True), ("2x", True), ("0", False), ("", False), ("yes", False), (None, False)]
 )
 def test_async_completion_is_read_as_horovod_reads_it(value, expected, monkeypatch):
+    pytest.importorskip("horovod")
+    from ds_horovod.horovod.transport import _number
+
     monkeypatch.delenv("HOROVOD_ENABLE_ASYNC_COMPLETION", raising=False)
     if value is not None:
         monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", value)
@@ -136,6 +138,9 @@ def test_async_completion_is_read_as_horovod_reads_it(value, expected, monkeypat
 
 
 def test_cuda_tensors_need_a_horovod_that_takes_them():
+    pytest.importorskip("horovod")
+    from ds_horovod.horovod.transport import require_horovod_for
+
     require_horovod_for([torch.device("cpu")])
     with pytest.raises(ValueError, match="built without CUDA"):
         require_horovod_for([torch.device("cpu"), torch.device("cuda:0")])

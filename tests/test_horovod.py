@@ -39,7 +39,7 @@ def _checks():
             yield from (pytest.param(ranks, name, id=f"{ranks}-{name}", marks=marks) for name in names)
 
 
-@pytest.mark.parametrize("ranks, check", _checks())
+@pytest.mark.parametrize("ranks, check", list(_checks()))
 def test_check(results, ranks, check):
     of_ranks, failure = results(ranks)
     assert all(check in result for result in of_ranks), f"the job ended before this check did: {failure}"

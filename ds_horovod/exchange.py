@@ -180,7 +180,7 @@ class Exchange(Generic[Handle]):
         replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
 
         if work.held and not work.cancelled:
-            work.overflows = not reply_compressor.is_within(layout, replies)
+            work.overflows = self._overflows(reply_compressor, replies)
             yield None
             if work.skipped and before is not None and self.server.error is not None:
                 self.server.error.copy_(before)
@@ -198,6 +198,13 @@ class Exchange(Generic[Handle]):
             self.release(payload)
             if reply is not None:
                 self.release(reply)
+
+    def _overflows(self, compressor: Compressor, replies: Tensor) -> bool:
+        """Whether a reply is not finite. On a GPU the host waits for the answer, as a GradScaler does."""
+        if compressor.is_within(self.layout, replies):
+            return False
+        mask = compressor.nonfinite_mask(self.layout, replies)
+        return mask is not None and bool(mask.any())
 
     def _everything(self) -> Tensor:
         """A mask of all elements, as `Compressor.nonfinite_mask` gives them."""

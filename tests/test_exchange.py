@@ -300,3 +300,17 @@ def test_a_skipped_step_leaves_what_was_there(compressor, where):
                     assert_same_bits(u, velocity[name])
             elif compressor != NoCompression():
                 assert not torch.equal(held(), before)
+
+
+@pytest.mark.parametrize("compressor", [OneBit(64), TopK(0.1), NoCompression()], ids=repr)
+def test_a_finite_step_is_not_skipped_where_the_host_cannot_look(compressor, monkeypatch):
+    """On a GPU `is_within` knows nothing, and says False."""
+    named = [("a", torch.zeros(30, 40, requires_grad=True))]
+    group = Workers(lambda: DoubleSqueeze(compressor, min_numel=64, grad_scaler=Scaler()), named, 2)
+    monkeypatch.setattr(type(compressor), "is_within", lambda *args: False)
+    for bad in (False, True):
+        gradients = [[torch.ones(30, 40)] for _ in range(2)]
+        if bad:
+            gradients[1][0][3, 4] = math.nan
+        group.exchange(gradients)
+        assert [session.skipped for session in group.sessions] == [bad] * 2

@@ -103,9 +103,10 @@ def training(session, gradients, orders, frozen, history):
     """A worker's loop, which yields wherever others may go on. Records its residual before each step, and the results of it."""
     for step, (own, order) in enumerate(zip(gradients, orders, strict=True)):
         history.append((session.export_residual(), {}))
+        for i, (_, p) in enumerate(session.parameters):
+            p.requires_grad_(i != frozen or step not in FROZEN)
         for i in order:
             p = session.parameters[i][1]
-            p.requires_grad_(i != frozen or step not in FROZEN)
             p.grad = own[i]
             if session.admit(p):
                 session.ready(p)

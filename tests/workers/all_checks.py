@@ -1,8 +1,7 @@
-"""The checks of all scripts in one job, since starting ranks takes longer than most of them: see checking.py."""
+"""The checks of most scripts in one job, since starting ranks takes longer than most of them: see checking.py."""
 
 import os
 
-import binding  # noqa: F401
 import checks  # noqa: F401
 import life
 import mixed  # noqa: F401

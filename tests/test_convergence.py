@@ -266,7 +266,7 @@ def test_momentum_is_in_one_place():
                 continue
             (group,) = recipe.optimizer(task, task.model(0)).param_groups
             own = group["betas"][0] if "betas" in group else group["momentum"]
-            theirs = recipe.make_squeeze(task).momentum if recipe.squeeze else 0.0
+            theirs = recipe.make_squeeze(task).options.momentum if recipe.squeeze else 0.0
             assert (own, theirs) == ((0.0, recipe.momentum) if recipe.momentum else (task.momentum, 0.0))
             if recipe.squeeze:
                 assert recipe.make_squeeze(task).max_norm == task.max_norm

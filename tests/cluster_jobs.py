@@ -39,7 +39,7 @@ def start(*arguments):
     )  # fmt: skip
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
@@ -57,7 +57,7 @@ def processes(mark):
     return found
 
 
-def eventually(condition, seconds=20.0):
+def eventually(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -106,7 +106,7 @@ def test_a_sweep_that_hangs_ends():
     assert [next(lines), next(lines)] == ["one\n", "two\n"]
     with pytest.raises(TimeoutError, match="nothing was measured for 1 seconds"):
         next(lines)
-    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait(timeout=120) == -signal.SIGTERM
 
     process = subprocess.Popen(["sh", "-c", "echo one; exit 3"], stdout=subprocess.PIPE, text=True)
     assert list(bandwidth.lines_of(process, 60.0)) == ["one\n"] and process.wait() == 3
@@ -136,9 +136,9 @@ def test_when_a_host_dies_the_results_so_far_are_kept(tmp_path):
         assert eventually(file.exists, 180)
         kept = file.read_text()
         # Ranks of the second cluster cannot be done at 200kbit before they are found.
-        assert eventually(lambda: len(ranks_of(mark)) == 2 and "200kbit" in clusters_of(mark), 60)
+        assert eventually(lambda: len(ranks_of(mark)) == 2 and "200kbit" in clusters_of(mark))
         os.kill(ranks_of(mark)[0], signal.SIGKILL)
-        _, errors = sweep.communicate(timeout=120)
+        _, errors = sweep.communicate(timeout=300)
     finally:
         sweep.kill()
     assert sweep.returncode == 1

@@ -75,8 +75,9 @@ def test_bytes_on_the_wire_are_those_that_are_sent():
     status, output, errors = finish(start(*command), timeout=300)
     assert status == 0, errors
     results = {r["method"]: r for r in map(json.loads, output.splitlines())}
-    # Horovod's coordination sends all the time: thrice what it sends beside noop is ample.
-    coordination = 3 * results["noop"]["wire_bytes_sent"] / results["noop"]["wire_seconds"]
+    # Horovod's coordination sends all the time, and more where the ranks agree on every step: six times what it sends
+    # beside noop is ample.
+    coordination = 6 * results["noop"]["wire_bytes_sent"] / results["noop"]["wire_seconds"]
     for method in ("none", "topk-1%", "onebit-allgather"):
         sent, wire = results[method]["bytes_sent"], results[method]["wire_bytes_sent"]
         assert sent <= wire <= 1.05 * sent + coordination * results[method]["wire_seconds"], method
@@ -119,7 +120,7 @@ def test_nothing_is_left_after_a_signal(number):
     # On each host: its first two processes, the script, and its child.
     assert eventually(lambda: len(processes(mark)) >= 1 + 2 * 4)
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert eventually(lambda: not processes(mark))
     assert links() == before

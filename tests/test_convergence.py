@@ -269,7 +269,7 @@ def test_momentum_is_in_one_place():
             theirs = recipe.make_squeeze(task).options.momentum if recipe.squeeze else 0.0
             assert (own, theirs) == ((0.0, recipe.momentum) if recipe.momentum else (task.momentum, 0.0))
             if recipe.squeeze:
-                assert recipe.make_squeeze(task).max_norm == task.max_norm
+                assert recipe.make_squeeze(task).options.max_norm == task.max_norm
 
 
 @pytest.mark.parametrize(("what", "name"), sorted({(what, name) for _, what, runs in ADVICE for name in runs.values()}))

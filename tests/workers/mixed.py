@@ -198,7 +198,7 @@ def a_skipped_step_leaves_the_residuals_as_they_were():
         (RandomK(0.1), {}), (OneBit(64), {"server_compressor": TopK(0.2)}), (Quantize(4, 64), {"server": 0}),
     ):  # fmt: skip
         for bad in ("0.weight", "4.weight", "2.bias"):
-            for given in (True, False):
+            for given in (True, False) if bad == "2.bias" else (bad == "0.weight",):
                 scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
                 model = small_model()
                 optimizer = distributed(model, squeeze(compressor, grad_scaler=scaler if given else None, **options))

@@ -263,9 +263,9 @@ class Session(Buckets[Handle]):
 
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
-        self.pipeline.cancel()
         if self._taking_part is not None:
-            self._await_who_takes_part()
+            self._note_who_takes_part()  # buckets leave then, as they have on ranks that have been quicker to learn it
+        self.pipeline.cancel()
         self._step = None
 
     def drop(self) -> None:

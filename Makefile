@@ -51,10 +51,11 @@ train: setup
 test: setup
 	$(bin)/pytest -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
 
-# What needs no Horovod, where there is none: another environment, in which no rank can be started.
+# What needs no Horovod, where there is none: another environment, in which torch alone starts ranks.
 test-without-horovod: $(BARE)/plugin
 	$(BARE)/bin/python -c 'import importlib.util, ds_horovod; assert importlib.util.find_spec("horovod") is None'
 	$(BARE)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not jobs" $(ARGS)
+	$(BARE)/bin/python -m pytest -n 1 --dist loadgroup tests/test_ddp.py -k "2- or gone"
 
 $(BARE)/plugin: setup.py pyproject.toml $(kernels)
 	$(PYTHON) -m venv $(BARE)

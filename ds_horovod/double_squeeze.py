@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
+from operator import attrgetter
 from typing import Any, Concatenate, ParamSpec
 
 import torch
@@ -19,6 +20,7 @@ from .eager import TensorReducer
 from .options import Options, require_compressor
 from .reducer import Reducer
 from .selection import Selection, explain
+from .session import GradientOf
 from .stats import combine_stats, stats_of
 
 _P = ParamSpec("_P")
@@ -327,6 +329,7 @@ def bind(
     average: bool,
     transport: GroupTransport[Any],
     groups: Sequence[Sequence[str]] = (),
+    gradient_of: GradientOf = attrgetter("grad"),
 ) -> Reducer:
     """Ties an instance to the parameters of one optimizer; the arguments are those of `Reducer`.
 
@@ -337,7 +340,7 @@ def bind(
     """
     if squeeze._reducer is not None:
         raise ValueError("DoubleSqueeze: this instance is in use already; make one for each optimizer")
-    reducer = Reducer(squeeze.options, name, parameters, average, transport, groups)
+    reducer = Reducer(squeeze.options, name, parameters, average, transport, groups, gradient_of)
     if squeeze._loaded is not None:
         load(reducer, squeeze._loaded)
     if squeeze._root_rank is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from .compressors import Compressor
 from .options import Options
 from .residual import Residual
 from .selection import Selection
-from .session import Session
-from .uncompressed import Velocities
+from .session import GradientOf, Session
+from .uncompressed import Velocities, clip
 from .units import Units, rescaled
 
 
@@ -72,6 +73,8 @@ class Reducer:
         Whether gradients are averaged rather than added up.
     groups
         Names of parameters that travel together.
+    gradient_of
+        Where the gradient of a parameter is to be found.
 
     Raises
     ------
@@ -87,7 +90,9 @@ class Reducer:
         average: bool,
         transport: GroupTransport[Any],
         groups: Sequence[Sequence[str]] = (),
+        gradient_of: GradientOf = attrgetter("grad"),
     ) -> None:
+        self._gradient_of = gradient_of
         self.selection = Selection(options, tuple(map(tuple, groups)))
         self.selection.require_fits(parameters)
         for label, p in parameters:
@@ -113,8 +118,9 @@ class Reducer:
         if transport.size > 1:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
-                self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare
-            )
+                self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare,
+                self._gradient_of,
+            )  # fmt: skip
         else:
             self._name_alone = transport.unique_name(self._name)
 
@@ -207,16 +213,40 @@ class Reducer:
             self.begin_step({})
             return
         units.scale = scale  # of all that has been exchanged, since that was the first step
-        gradients = [p.grad for _, p in self.parameters if p.grad is not None]
-        if session is not None and not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        gradients = [self._gradient_of(p) for _, p in self.parameters]
+        if session is not None and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
             session.import_residual({}, session.step)  # the step will be skipped, and before it there was nothing
             self.velocities.load_state_dict({})
+
+    def clip_alone(self) -> None:
+        """On one rank, where no exchange does it: clips the gradients before they are used."""
+        if self.session is None and self.options.max_norm is not None:
+            clip(self._gradients(), self.options.max_norm * self.units.scale)
+
+    def end_step(self) -> None:
+        """All gradients are aggregated: those that no exchange takes get momentum, and one rank what has been carried over."""
+        gradients, session = self._gradients(), self.session
+        if session is not None:
+            skipped = session.skipped
+        else:
+            skipped = self.units.may_skip and not all(bool(gradient.isfinite().all()) for _, gradient in gradients)
+        if skipped:
+            return
+        covered = set() if session is None else {name for name, p in self.parameters if session.covers(p)}
+        for name, gradient in gradients:
+            if name not in covered:
+                self.velocities.add(name, gradient)
+        self.add_carried_over(gradients)
 
     def add_carried_over(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
         """On one rank: adds the residuals that several ranks have left to the gradients of the next step, once."""
         for name, gradient in gradients if self._carried_over else ():
             if name in self._carried_over:
                 gradient += self._carried_over.pop(name).to(gradient.device)
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        found = ((name, self._gradient_of(p)) for name, p in self._all_parameters)
+        return [(name, gradient) for name, gradient in found if gradient is not None]
 
     # ---- between two steps
 

@@ -170,7 +170,7 @@ def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plan
     rest = [(name, p) for name, p in parameters if name not in compressed]
     if rest:
         nbytes = sum(p.numel() * p.element_size() for _, p in rest)
-        lines.append(f"not compressed: {_size(nbytes)} of gradients, by Horovod's allreduce")
+        lines.append(f"not compressed: {_size(nbytes)} of gradients, by an ordinary allreduce")
         for name, p in rest:
             lines.append(f"    {name} {tuple(p.shape)}: {selection.why_not(name, p) or 'sparse gradients'}")
         dense_nbytes += ring * nbytes

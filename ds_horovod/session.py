@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .selection import COMPRESSIBLE, Selection
 from .step import Bucket, Step, changed_too_early
 from .uncompressed import clip, require_dense
 from .units import Change, Units
+
+GradientOf = Callable[[Tensor], Tensor | None]
+"""Where the gradient of a parameter is to be found."""
 
 
 class Session(Buckets[Handle]):
@@ -37,6 +41,8 @@ class Session(Buckets[Handle]):
     more_to_compare
         Of an optimizer: what ranks compare before their first exchange beside what `describe` says. The name is but a prefix
         then, of one that the ranks agree on, since they may have made unequal numbers of optimizers.
+    gradient_of
+        Where the gradient of a parameter is to be found.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class Session(Buckets[Handle]):
         transport: GroupTransport[Handle],
         units: Units | None = None,
         more_to_compare: Callable[[], Mapping[str, Any]] | None = None,
+        gradient_of: GradientOf = attrgetter("grad"),
     ) -> None:
+        self.gradient_of = gradient_of
         self.units = Units() if units is None else units
         self.admitted = 0
         """Gradients so far, compressed or not."""
@@ -91,7 +99,7 @@ class Session(Buckets[Handle]):
             A sparse gradient of a parameter that has had dense gradients, and an error to compensate, until now; or with
             momentum or clipping.
         """
-        name, gradient, options = self._names[p], p.grad, self.options
+        name, gradient, options = self._names[p], self.gradient_of(p), self.options
         assert gradient is not None
         if options.momentum:
             require_dense(name, gradient, "momentum", options.momentum)
@@ -164,8 +172,9 @@ class Session(Buckets[Handle]):
 
     def ready(self, p: Tensor) -> None:
         """Takes over the gradient of an admitted parameter. Sends its bucket if that was the last one, and never waits."""
-        assert self._step is not None
-        self._step.ready(p, self.bucket_of[p])
+        gradient = self.gradient_of(p)
+        assert self._step is not None and gradient is not None
+        self._step.ready(p, gradient, self.bucket_of[p])
         if not self.held:
             self.poll()
 
@@ -188,7 +197,7 @@ class Session(Buckets[Handle]):
         step = self._step
         if step is None or step.flushed:
             return
-        changed = step.changed()
+        changed = step.changed(self.gradient_of)
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
         if self._taking_part is not None:
@@ -196,7 +205,8 @@ class Session(Buckets[Handle]):
         if not self.started:
             self._agree()
         if self.options.max_norm is not None:
-            gradients = [(self._names[p], p.grad) for p in step.admitted if p.grad is not None]
+            found = ((self._names[p], self.gradient_of(p)) for p in step.admitted)
+            gradients = [(name, gradient) for name, gradient in found if gradient is not None]
             clip(gradients, self.options.max_norm * self.units.scale)
         step.flushed = True
         if self.complete:
@@ -257,6 +267,26 @@ class Session(Buckets[Handle]):
         if p in self._frozen_everywhere:  # it must not move; 1-bit scales that it shares with others leave no zeros
             gradient.zero_()
         return gradient
+
+    def put_back(self, p: Tensor) -> None:
+        """Makes what has arrived for a parameter wait, where its optimizer is given no gradient; on all ranks.
+
+        Each rank adds it to its error, so that the mean of all is larger by just that. The gradient becomes zero.
+        """
+        bucket = self.bucket_of[p]
+        gradient, exchange = self.finish(p), bucket.exchange
+        i, layout = bucket.parameters.index(p), exchange.layout
+        start, own = layout.offsets[i], gradient.detach().reshape(-1).float()
+        if exchange.worker_error is not None:
+            exchange.worker_error[start : start + own.numel()] += own / (self.weight * self.transport.size)
+        elif exchange.server_error is not None:
+            assert self.transport.serves is not None
+            at = self.transport.serves * layout.shard_numel - start  # of the shard, in the parameter
+            first, last = max(at, 0), min(at + layout.shard_numel, own.numel())
+            if first < last:
+                exchange.server_error[first - at : last - at] += own[first:last]
+        exchange.streams.publish()
+        gradient.zero_()
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.

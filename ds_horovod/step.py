@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -82,14 +82,13 @@ class Step(Generic[Handle]):
         self.gradients = {p: self.gradients[p] for bucket in buckets for p in bucket.parameters if p in self.gradients}
         self._missing = {bucket: {p for p in bucket.parameters if p not in self.gradients} for bucket in buckets}
 
-    def ready(self, p: Tensor, bucket: Bucket[Handle]) -> None:
+    def ready(self, p: Tensor, gradient: Tensor, bucket: Bucket[Handle]) -> None:
         """Takes over the gradient of a parameter. Sends its bucket if that was the last one, and never waits."""
-        assert p.grad is not None
-        self.gradients[p] = p.grad
-        if p.grad.untyped_storage().nbytes() == p.grad.numel() * p.grad.element_size():  # slices of a tensor share its version
-            self._seen[p] = p.grad._version
+        self.gradients[p] = gradient
+        if gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size():  # slices share their version
+            self._seen[p] = gradient._version
         if self._checks_values:
-            self._values[p] = digest([("", p.grad)])
+            self._values[p] = digest([("", gradient)])
         bucket.exchange.streams.mark_ready()
         self._missing[bucket].discard(p)
         if not self._held:
@@ -122,10 +121,10 @@ class Step(Generic[Handle]):
         bucket.exchange.streams.wait_for_producers(gradients)
         self._pipeline.add(_BucketInFlight(self, bucket, gradients, self._units.may_skip))
 
-    def changed(self) -> Tensor | None:
+    def changed(self, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
         for p, gradient in self.gradients.items():
-            if p.grad is not gradient or gradient._version != self._seen.get(p, gradient._version):
+            if gradient_of(p) is not gradient or gradient._version != self._seen.get(p, gradient._version):
                 return p
         for p, values in self._values.items():
             if digest([("", self.gradients[p])]) != values:

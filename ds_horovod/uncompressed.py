@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +57,20 @@ def _norm(gradients: Sequence[tuple[str, Tensor]], dtype: torch.dtype | None) ->
     home = gradients[0][1].device
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(home, dtype or torch.float32) for norm in norms]))
     return norm
+
+
+def warn_of_two_momenta(momentum: float, groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
+    """Momentum correction takes the place of the optimizer's own: warns where that is on too, `stacklevel` calls above."""
+    for group in groups:
+        beta1 = group["betas"][0] if "betas" in group else 0.0
+        own = "momentum=0" if group.get("momentum") else "betas=(0.0, ...)" if beta1 else None
+        if own:
+            warnings.warn(
+                f"DoubleSqueeze: momentum={momentum} is on, and the optimizer's own too "
+                f"({group.get('momentum') or beta1}): gradients would be averaged twice. Give the optimizer {own}.",
+                stacklevel=stacklevel + 1,
+            )
+            return
 
 
 class Velocities:

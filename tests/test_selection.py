@@ -141,7 +141,7 @@ def test_explain():
         "bucket 0: OneBit(block=64, scale='l1', granularity='block'), replies Cast(dtype='fp16')",
         "  39.1 KiB of gradients, pushes 1.9 KiB, pulls 20.0 KiB",
         "    0.weight (100, 100)",
-        "not compressed: 440 B of gradients, by Horovod's allreduce",
+        "not compressed: 440 B of gradients, by an ordinary allreduce",
         "    0.bias (100,): one dimension",
         "    1.bias (10,): one dimension",
         "each of 4 ranks sends 17.1 KiB a step in place of 59.2 KiB, 3.5 times less",

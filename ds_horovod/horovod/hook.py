@@ -27,7 +27,7 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
-from ..uncompressed import clip
+from ..uncompressed import warn_of_two_momenta
 from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
 
@@ -163,7 +163,7 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
         if reducer.session is not None and not reducer.session.buckets:
             _warn_of_nothing_to_compress(reducer)
     if squeeze.options.momentum:
-        _warn_of_two_momenta(squeeze.options.momentum, self.param_groups)
+        warn_of_two_momenta(squeeze.options.momentum, self.param_groups, stacklevel=4)
 
 
 class _CollectiveNames(Mapping[Tensor, str]):
@@ -269,20 +269,6 @@ def _warn_of_nothing_to_compress(reducer: Reducer) -> None:
         "float16 or bfloat16; choose= changes that, and print(optimizer.double_squeeze.explain()) says why each is not.",
         stacklevel=5,
     )
-
-
-def _warn_of_two_momenta(momentum: float, groups: list[dict[str, Any]]) -> None:
-    """Momentum correction takes the place of the optimizer's own."""
-    for group in groups:
-        beta1 = group["betas"][0] if "betas" in group else 0.0
-        own = "momentum=0" if group.get("momentum") else "betas=(0.0, ...)" if beta1 else None
-        if own:
-            warnings.warn(
-                f"DoubleSqueeze: momentum={momentum} is on, and the optimizer's own too "
-                f"({group.get('momentum') or beta1}): gradients would be averaged twice. Give the optimizer {own}.",
-                stacklevel=5,
-            )
-            return
 
 
 class _Sent(NamedTuple):
@@ -462,26 +448,16 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self)  # type: ignore[no-any-return]
         if not self._handles and are_averaged(self):
             return None
-        options, session, named = reducer.options, reducer.session, self._double_squeeze_parameters
-        if session is not None:
+        if reducer.session is not None:
             _require_hooked(self)
         else:
             _follow_rates(self, reducer)
-            if options.max_norm is not None:
-                clip([(name, p.grad) for name, p in named if p.grad is not None], options.max_norm * reducer.units.scale)
+            reducer.clip_alone()
         original(self)
         self._double_squeeze_open = False
-        gradients = [(name, p, p.grad) for name, p in named if p.grad is not None]
-        if session is None:
-            skipped = reducer.units.may_skip and not all(bool(g.isfinite().all()) for _, _, g in gradients)
-        else:
-            skipped = session.skipped
-        for name, p, gradient in gradients if not skipped else ():
-            if session is None or not session.covers(p):
-                reducer.velocities.add(name, gradient)
-        if not skipped:
-            reducer.add_carried_over((name, gradient) for name, _, gradient in gradients)
-        self._double_squeeze_averaged = {p: _identity(gradient) for _, p, gradient in gradients}
+        reducer.end_step()
+        gradients = {p: p.grad for _, p in self._double_squeeze_parameters if p.grad is not None}
+        self._double_squeeze_averaged = {p: _identity(gradient) for p, gradient in gradients.items()}
         return None
 
     return synchronize

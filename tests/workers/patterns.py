@@ -1,10 +1,12 @@
 """What users of Horovod do with its optimizer, and graphs that differ between ranks: see checking.py."""
 
+import sys
 import warnings
 from functools import partial
 
 import horovod.torch as hvd
 import torch
+import torch.distributed as dist
 from checking import (
     accumulate,
     assert_identical,
@@ -22,8 +24,10 @@ from checking import (
 )
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from ds_horovod import NoCompression, OneBit, Quantize, TopK
+from ds_horovod import NoCompression, OneBit, Quantize, RandomK, TopK
+from ds_horovod.ddp import register
 
 NOTHING_LOST = partial(squeeze, NoCompression())
 OPTIMIZERS = {
@@ -349,6 +353,35 @@ def one_rank_has_no_gradients_at_all():
             accumulate(model, step, 1)
         optimizer.step()
         assert_identical(model)
+
+
+@check
+def distributed_data_parallel_gives_the_same_bits():
+    """The two transports carry the same payloads: weights and errors are the same after every step."""
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.store", rank=hvd.rank(), world_size=hvd.size())
+    for compressor, options in (
+        (OneBit(64), {}), (Quantize(4, 64), {"server": 1}), (TopK(0.1, values="sign"), {"momentum": 0.5, "max_norm": 1.0}),
+        (RandomK(0.1), {"warmup_steps": 1}),
+    ):  # fmt: skip
+        # Of biases, sums of more than two ranks are added up in another order.
+        networks = [nn.Sequential(nn.Linear(33, 65, bias=False), nn.Tanh(), nn.Linear(65, 7, bias=False)) for _ in range(2)]
+        networks[1].load_state_dict(networks[0].state_dict())
+        for network in networks:
+            hvd.broadcast_parameters(network.state_dict(), root_rank=0)
+        optimizer = distributed(networks[0], squeeze(compressor, **options))
+        wrapped = DistributedDataParallel(networks[1], bucket_cap_mb=0.005)
+        state = register(wrapped, squeeze(compressor, **options))
+        plain = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        for step in range(4):
+            train_step(networks[0], optimizer, step)
+            train_step(wrapped, plain, step)
+            assert all(torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True))
+            own, theirs = optimizer.double_squeeze.state_dict(), state.state_dict()
+            for bucket, other in zip(own["buckets"], theirs["buckets"], strict=True):
+                assert all(torch.equal(v, other[k]) for k, v in bucket.items() if isinstance(v, torch.Tensor))
+        sent = "compressed_bytes_sent"
+        assert optimizer.double_squeeze.stats()[sent] == state.stats()[sent] > 0
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

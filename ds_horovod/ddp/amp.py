@@ -1,0 +1,50 @@
+"""Which GradScaler, if any, has scaled the loss of the backward that runs now."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+_active: list[Any] = []
+"""The scaler of the backward under way, at most one."""
+
+
+def install() -> None:
+    """Extends torch's GradScaler so that `active_scaler` knows; to be called once."""
+    scaler: Any = torch.amp.GradScaler
+    scaler.scale = _scale(scaler.scale)
+
+
+def active_scaler() -> Any:
+    """The GradScaler whose ``scale(loss).backward()`` runs now; None where the loss is not scaled."""
+    return _active[0] if _active else None
+
+
+def _scale(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def scale(self: Any, outputs: Any) -> Any:
+        scaled = original(self, outputs)
+        if self.is_enabled():
+            _mark(self, scaled)
+        return scaled
+
+    return scale
+
+
+def _mark(scaler: Any, scaled: Any) -> None:
+    if not isinstance(scaled, Tensor):
+        for part in scaled:
+            _mark(scaler, part)
+    elif scaled.requires_grad:
+        scaled.register_hook(lambda gradient: _begin(scaler))
+
+
+def _begin(scaler: Any) -> None:
+    """Is called where a backward reaches a scaled loss, which is where it begins."""
+    _active[:] = [scaler]
+    Variable._execution_engine.queue_callback(_active.clear)

@@ -1,0 +1,335 @@
+"""The seam with DistributedDataParallel: a communication hook."""
+
+# Annotations are evaluated here: torch compares those of a hook with types.
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from ..compressors import Compressor
+from ..double_squeeze import DoubleSqueeze, bind
+from ..reducer import Reducer
+from ..uncompressed import warn_of_two_momenta
+from .amp import active_scaler
+from .transport import ProcessGroupTransport, Sent
+
+_PROBED = 64  # elements that tell at once that a gradient is not zero
+
+_steps: weakref.WeakKeyDictionary[DoubleSqueeze, "_Steps"] = weakref.WeakKeyDictionary()
+
+
+def double_squeeze_hook(state: DoubleSqueeze, bucket: GradBucket) -> Future[Tensor]:
+    """Averages a bucket of gradients through the two compressed passes: for ``DistributedDataParallel.register_comm_hook``.
+
+    ::
+
+        model.register_comm_hook(DoubleSqueeze(), double_squeeze_hook)
+
+    It is for the default process group, and names parameters by their number: "parameter 0" and so on. `register` knows their
+    names, the process group and, if it is told, the optimizer.
+
+    Buckets of DistributedDataParallel are but the form in which gradients come: parameters travel in the buckets of the
+    exchange, which never change, and so errors stay with their parameters where torch makes new buckets. Nothing waits before
+    the last bucket is there.
+
+    Parameters
+    ----------
+    state
+        One for each model.
+    bucket
+        As torch gives it.
+
+    Returns
+    -------
+    torch.futures.Future
+        Of the bucket's buffer with the averaged gradients; it is done when the hook has been called for the last bucket.
+
+    Raises
+    ------
+    TypeError
+        The state is not a `DoubleSqueeze`.
+    ValueError
+        It is in use by another model, or cannot work with this one; or the ranks do not agree, in the first step.
+    """
+    if not isinstance(state, DoubleSqueeze):
+        hint = "DoubleSqueeze()" if state is DoubleSqueeze else "DoubleSqueeze(...)"
+        raise TypeError(f"DoubleSqueeze: the state of double_squeeze_hook must be a DoubleSqueeze, got {state!r}; write {hint}")
+    if not isinstance(bucket, GradBucket):
+        raise TypeError(
+            f"DoubleSqueeze: double_squeeze_hook needs the buckets of torch's reducer, got {type(bucket).__name__}; "
+            "set torch._dynamo.config.optimize_ddp to True or False"
+        )
+    if state not in _steps:
+        _steps[state] = _Steps(state)
+    return _steps[state].take(bucket)
+
+
+def register(
+    model: DistributedDataParallel,
+    state: DoubleSqueeze | type[DoubleSqueeze] | Compressor = DoubleSqueeze,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> DoubleSqueeze:
+    """Registers the hook with a model; all ranks call it, before training.
+
+    Parameters
+    ----------
+    model
+        Whose gradients are exchanged. Errors, and ``choose=``, have the names of ``model.module.named_parameters()``.
+    state
+        The compression: an instance, the class for its defaults, or a compressor.
+    optimizer
+        Of the model: for ``lr_aware=True``, and to be told of momentum that would be applied twice.
+    process_group
+        Default: the model's.
+
+    Returns
+    -------
+    DoubleSqueeze
+        The state, for `stats`, `explain` and checkpoints.
+
+    Raises
+    ------
+    TypeError
+        The model is not a DistributedDataParallel, or the state is no compression.
+    ValueError
+        The state is in use by another model or optimizer, or cannot work with this model.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"DoubleSqueeze: model must be a DistributedDataParallel, got {type(model).__name__}; wrap it first")
+    if isinstance(state, type) and issubclass(state, DoubleSqueeze):
+        state = state()
+    elif isinstance(state, Compressor):
+        state = DoubleSqueeze(state)
+    elif not isinstance(state, DoubleSqueeze):
+        raise TypeError(f"DoubleSqueeze: state must be a DoubleSqueeze or a compressor, got {state!r}")
+    if state.options.lr_aware and optimizer is None:
+        raise ValueError("DoubleSqueeze: lr_aware=True needs the optimizer: register(model, state, optimizer=optimizer)")
+    ignored = set(getattr(model, "parameters_to_ignore", ()))
+    named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+    steps = _Steps(state, model, optimizer)
+    steps.bind(named, model.process_group if process_group is None else process_group)
+    if state.options.momentum and optimizer is not None:
+        warn_of_two_momenta(state.options.momentum, optimizer.param_groups, stacklevel=2)
+    model.register_comm_hook(state, double_squeeze_hook)
+    model.register_forward_pre_hook(_require_unchanged({name: (p, p.dtype, p.device) for name, p in named}))
+    _steps[state] = steps
+    return state
+
+
+def _require_unchanged(parameters: Mapping[str, tuple[Tensor, torch.dtype, torch.device]]) -> Callable[..., None]:
+    """A hook that finds parameters which were moved or cast: torch would go on, and never call the communication hook again."""
+
+    def check(*ignored: Any) -> None:
+        for name, (p, dtype, device) in parameters.items():
+            if p.dtype != dtype or p.device != device:
+                raise RuntimeError(
+                    f"DoubleSqueeze: parameter {name} was {dtype} on {device}, and is {p.dtype} on {p.device} now; move and "
+                    "cast a model before making the DistributedDataParallel"
+                )
+
+    return check
+
+
+class _Taken(NamedTuple):
+    """A bucket of torch that waits for its gradients."""
+
+    buffer: Tensor
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    """Views of the buffer."""
+    future: Future[Tensor]
+
+
+class _Steps:
+    """The steps of one model.
+
+    Parameters
+    ----------
+    state
+        What the user passed.
+    model
+        None where it is not known.
+    optimizer
+        None where it is not known.
+    """
+
+    def __init__(
+        self,
+        state: DoubleSqueeze,
+        model: DistributedDataParallel | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self._state = weakref.ref(state)
+        # torch gives the optimizer no gradient of a parameter that no rank has used, and the hook is not told which those are.
+        self._skips_unused = model is None or model.find_unused_parameters or model.static_graph
+        self._optimizer = optimizer
+        self._reducer: Reducer | None = None
+        self._names: dict[Tensor, str] = {}
+        self._taken: list[_Taken] = []
+        self._gradients: dict[Tensor, Tensor] = {}  # of the step under way
+        self._zero: dict[Tensor, Tensor] = {}  # whether they were, where that is to be known
+        self._open = False  # whether the step has begun
+
+    def bind(self, named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup | None = None) -> None:
+        """Ties the state to the parameters of the model; all ranks call it."""
+        state = self._state()
+        assert state is not None
+        self._transport = ProcessGroupTransport(state.options.server, group)
+        self._reducer = bind(state, "doublesqueeze", named, True, self._transport, gradient_of=self._gradients.get)
+        self._names = {p: name for name, p in named}
+
+    def take(self, bucket: GradBucket) -> Future[Tensor]:
+        """Takes over the gradients of a bucket. Returns a future of its buffer, which is done after the last one."""
+        if bucket.index() == 0:
+            self._forget()
+        buffer = bucket.buffer()
+        parameters = list(bucket.parameters())
+        gradients = [buffer] if buffer.is_sparse else list(bucket.gradients())
+        future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+        self._taken.append(_Taken(buffer, parameters, gradients, future))
+        if self._reducer is None and bucket.is_last():
+            self._bind_by_number()
+        if self._reducer is not None:
+            for taken in [t for t in self._taken if t.parameters[0] not in self._gradients]:
+                self._hand_over(taken)
+            if bucket.is_last():
+                self._finish()
+        return future
+
+    def _bind_by_number(self) -> None:
+        state = self._state()
+        assert state is not None
+        if state.options.lr_aware or state.options.choose is not None:
+            option = "lr_aware" if state.options.lr_aware else "choose"
+            why = "the optimizer" if option == "lr_aware" else "the names of parameters"
+            raise ValueError(f"DoubleSqueeze: {option} needs {why}; call ds_horovod.ddp.register(model, ...) instead")
+        # The first buckets hold parameters in the order of registration, and come from the last to the first.
+        parameters = [p for taken in reversed(self._taken) for p in taken.parameters]
+        self.bind([(f"parameter {i}", p) for i, p in enumerate(parameters)])
+
+    def _hand_over(self, taken: _Taken) -> None:
+        reducer = self._reducer
+        assert reducer is not None
+        if not self._open:
+            self._begin(reducer)
+        session = reducer.session
+        for p, gradient in zip(taken.parameters, taken.gradients, strict=True):
+            if p not in self._names:
+                raise ValueError(
+                    f"DoubleSqueeze: a bucket holds a parameter of shape {tuple(p.shape)} that is not one of the model that "
+                    "this instance belongs to; make one for each model"
+                )
+            self._gradients[p] = gradient
+            if self._skips_unused:  # now: an exchange overwrites it
+                self._zero[p] = _is_zero(gradient)
+            if session is not None and session.admit(p):
+                session.ready(p)
+
+    def _begin(self, reducer: Reducer) -> None:
+        self._open = True
+        scaler = active_scaler()
+        if scaler is not None and reducer.units.grad_scaler is not scaler:
+            reducer.adopt_scaler(scaler, exchanged=False)
+        rates = {}
+        if self._optimizer is not None and reducer.options.lr_aware:
+            groups = self._optimizer.param_groups
+            rates = {self._names[p]: float(g["lr"]) for g in groups for p in g["params"] if p in self._names}
+        reducer.begin_step(rates)
+
+    def _finish(self) -> None:
+        """All gradients of the step are there."""
+        reducer = self._reducer
+        assert reducer is not None
+        session = reducer.session
+        if session is None:
+            reducer.clip_alone()
+        else:
+            session.flush()
+            flags = {p: zero for p, zero in self._zero.items() if session.covers(p)}
+            rest = [gradient for p, gradient in self._gradients.items() if not session.covers(p)]
+            uncompressed = _Uncompressed(rest, list(flags.values()), self._transport, session.weight)
+            session.drain()
+            zero_everywhere = uncompressed.finish()
+            session.settle(lambda: all(bool(_values(gradient).isfinite().all()) for gradient in rest))
+            back = {p for p, zero in zip(flags, zero_everywhere, strict=True) if zero and not session.skipped}
+            for p in [p for p in self._gradients if session.covers(p)]:
+                if p in back:
+                    session.put_back(p)
+                else:
+                    session.finish(p)
+        reducer.end_step()
+        for taken in self._taken:
+            taken.future.set_result(taken.buffer)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._taken.clear()
+        self._gradients.clear()
+        self._zero.clear()
+        self._open = False
+
+
+def _is_zero(gradient: Tensor) -> Tensor:
+    """Whether all elements are: 1 or 0, of no dimension. On a CPU, where reading all costs time, a few often tell."""
+    if gradient.is_sparse:
+        return torch.tensor(float(gradient._nnz() == 0), device=gradient.device, dtype=torch.float32)
+    if gradient.is_cpu and bool(gradient.as_strided((min(_PROBED, gradient.numel()),), (1,)).any()):
+        return torch.zeros((), dtype=torch.float32)
+    return (~gradient.any()).float()
+
+
+class _Uncompressed:
+    """Averages gradients that are not compressed, in place, as one tensor for each dtype and device, beside the exchanges.
+
+    Parameters
+    ----------
+    gradients
+        Dense and sparse ones.
+    flags
+        Of no dimension, float32: each rank's own.
+    transport
+        To the other ranks.
+    weight
+        1 / ranks.
+    """
+
+    def __init__(
+        self, gradients: Sequence[Tensor], flags: Sequence[Tensor], transport: ProcessGroupTransport, weight: float
+    ) -> None:
+        self._weight, self._flags = weight, list(flags)
+        together: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for part in [*(g for g in gradients if not g.is_sparse), *flags]:
+            together.setdefault((part.dtype, part.device), []).append(part)
+        self._under_way: list[tuple[Sent, list[Tensor]]] = []
+        for (dtype, _), parts in together.items():
+            flat = torch.cat([part.detach().reshape(-1) for part in parts])
+            wide = flat.float() if dtype == torch.bfloat16 else flat
+            self._under_way.append((transport.begin_total(wide), parts))
+        for gradient in gradients:
+            if gradient.is_sparse:
+                self._under_way.append((transport.begin_total(gradient.detach().coalesce()), [gradient]))
+        self._transport = transport
+
+    def finish(self) -> list[bool]:
+        """Waits for them. Returns of each flag whether it is set on all ranks."""
+        for sent, parts in self._under_way:
+            total = self._transport.wait(sent)
+            if total.is_sparse:
+                parts[0].copy_(total.coalesce() * self._weight)
+                continue
+            for part, average in zip(parts, (total * self._weight).split([part.numel() for part in parts]), strict=True):
+                part.detach().copy_(average.view(part.shape))
+        return (torch.stack(self._flags) > 1 - 0.5 * self._weight).tolist() if self._flags else []
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -1,0 +1,150 @@
+"""Process groups of torch behind the verbs of the exchange."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_log = logging.getLogger("ds_horovod")
+# torch 2.13 has given it another name, and warns of the old one.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class Sent(NamedTuple):
+    """A collective under way."""
+
+    work: Any
+    output: Tensor
+    input: Tensor | None
+    """What must live as long."""
+
+
+class ProcessGroupTransport:
+    """Process groups between the ranks of one: an all-to-all to push, an all-gather to pull.
+
+    Process groups match collectives by their order. When a push is done differs between ranks, and so does the order of pushes
+    and pulls: each kind has a group of its own. What ranks compare and add up beside goes with the pushes.
+
+    All ranks make one at the same point.
+
+    Parameters
+    ----------
+    server
+        The rank that serves all of every bucket, as ``torch.distributed.get_rank`` counts. None: every rank serves its shard.
+    group
+        Of all ranks that train together. None: the default group.
+
+    Raises
+    ------
+    RuntimeError
+        There is no process group.
+    ValueError
+        This rank is not in the group, or the server is not; or the backend has no all-to-all.
+    """
+
+    def __init__(self, server: int | None = None, group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("DoubleSqueeze: call torch.distributed.init_process_group() before training")
+        parent = dist.group.WORLD if group is None else group
+        if parent is None or dist.get_rank(parent) < 0:
+            raise ValueError(f"DoubleSqueeze: rank {dist.get_rank()} is not in the process group")
+        ranks = dist.get_process_group_ranks(parent)
+        if server is not None and server not in ranks:
+            raise ValueError(f"DoubleSqueeze: server must be one of the ranks {', '.join(map(str, ranks))}; got {server}")
+        self.rank: int = dist.get_rank(parent)
+        self.size: int = len(ranks)
+        self.ranks: list[int] = ranks
+        self.server = server
+        self.shards = self.size if server is None else 1
+        self.serves = self.rank if server is None else (0 if server == dist.get_rank() else None)
+        self.in_order = True
+        self.stream_ordered = False
+        self._warnings = 0  # of the wait that goes on
+        backend = str(dist.get_backend(parent))
+        self._device = torch.device("cuda" if backend == "nccl" else "cpu")  # of what is not on any
+        if self.size > 1:
+            self._pushes, self._pulls = (_like(parent, ranks, backend) for _ in range(2))
+
+    def push(self, payload: Tensor, name: str) -> Sent:
+        if self.server is None:
+            received = torch.empty_like(payload)
+            work = dist.all_to_all_single(received, payload, group=self._pushes, async_op=True)
+            return Sent(work, received, payload)
+        counts = self.size if self.serves is not None else 0
+        received = payload.new_empty((counts, *payload.shape[1:]))
+        to_server = [int(rank == self.server) for rank in self.ranks]
+        from_all = [int(self.serves is not None)] * self.size
+        work = dist.all_to_all_single(received, payload, from_all, to_server, group=self._pushes, async_op=True)
+        return Sent(work, received, payload)
+
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Sent:
+        if self.server is None:
+            assert reply is not None
+            received = reply.new_empty(self.size * nbytes)
+            return Sent(_all_gather(received, reply, group=self._pulls, async_op=True), received.view(self.size, nbytes), reply)
+        buffer = torch.empty(1, nbytes, dtype=torch.uint8, device=device) if reply is None else reply.unsqueeze(0)
+        return Sent(dist.broadcast(buffer, self.server, group=self._pulls, async_op=True), buffer, None)
+
+    def poll(self, handle: Sent) -> bool:
+        return bool(handle.work.is_completed())
+
+    def wait(self, handle: Sent) -> Tensor:
+        handle.work.wait()  # raises what has failed, and on a GPU makes the current stream wait
+        return handle.output
+
+    def waiting(self, seconds: float, names: Sequence[str]) -> None:
+        """Warns every minute. The process group gives up after its own timeout: that of ``init_process_group``."""
+        warnings = int(seconds // 60)
+        if warnings > self._warnings:
+            _log.warning(
+                "DoubleSqueeze: rank %d of %d has waited %.0f seconds for %s: another rank has not begun that, or cannot be "
+                "reached",
+                self.rank, self.size, seconds, ", ".join(names),
+            )  # fmt: skip
+        self._warnings = warnings
+
+    def gather_objects(self, value: Any, name: str) -> list[Any]:
+        """Every rank's value, by rank: what JSON holds, and nothing that runs where it is read. Blocks."""
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._device)
+        sizes = self._gather(torch.tensor([len(own)], device=self._device)).flatten().tolist()
+        rows = self._gather(torch.nn.functional.pad(own, (0, max(sizes) - len(own)))).cpu()
+        return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def _gather(self, own: Tensor) -> Tensor:
+        rows = own.new_empty(self.size * len(own))
+        _all_gather(rows, own, group=self._pushes)
+        return rows.view(self.size, len(own))
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """Of all ranks' tensors. Blocks."""
+        total = tensor.to(tensor.device if self._device.type == "cpu" else self._device, copy=True)
+        return self.wait(self.begin_total(total)).to(tensor.device)
+
+    def begin_total(self, tensor: Tensor) -> Sent:
+        """Begins to put the sum of all ranks' tensors, dense or sparse, in their place; at the same point on all ranks."""
+        return Sent(dist.all_reduce(tensor, group=self._pushes, async_op=True), tensor, None)
+
+    def begin_sum(self, tensor: Tensor, name: str) -> None:
+        """Nothing: DistributedDataParallel calls its hook on all ranks, for all parameters alike."""
+
+    def unique_name(self, prefix: str) -> str:
+        """The prefix: nothing is matched by names."""
+        return prefix
+
+
+def _like(parent: dist.ProcessGroup, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """Another group of the same ranks, which alone make it."""
+    try:
+        timeout = parent._get_backend(torch.device("cuda" if backend == "nccl" else "cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        timeout = None  # of the backend's own
+    everyone = len(ranks) == dist.get_world_size()
+    group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=not everyone)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -1,0 +1,81 @@
+"""DistributedDataParallel with the hook, on 2 to 4 real ranks, without Horovod."""
+
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tests" / "workers" / "ddp.py"
+NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
+
+
+def torchrun(ranks, script, *arguments, timeout=600, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
+    job = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        **options,
+    )  # fmt: skip
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(5)
+        job.kill()
+        raise AssertionError(f"{script} hangs:\n{job.communicate()[0][-4000:]}") from None
+    return job.returncode, output
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What every rank says of every check, and what went wrong otherwise."""
+    folder = tmp_path_factory.mktemp("ddp")
+
+    @functools.cache
+    def of(ranks):
+        code, output = torchrun(ranks, SCRIPT, folder / f"checks{ranks}")
+        files = [folder / f"checks{ranks}.{rank}" for rank in range(ranks)]
+        return [json.loads(file.read_text()) if file.exists() else {} for file in files], output[-4000:] if code else ""
+
+    return of
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize(
+    "ranks, check",
+    [
+        pytest.param(ranks, name, marks=pytest.mark.xdist_group(f"ddp on {ranks} ranks"))
+        for ranks in (4, 3, 2)
+        for name in [*NAMES, "end"]
+    ],
+)
+def test_check(results, ranks, check):
+    of_ranks, failure = results(ranks)
+    if check == "end":
+        assert not failure
+        return
+    assert all(check in result for result in of_ranks), f"the job ended before this check did: {failure}"
+    failures = [f"rank {rank}: {result[check]}" for rank, result in enumerate(of_ranks) if result[check]]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.jobs
+def test_the_example_trains():
+    code, output = torchrun(2, "examples/ddp_digits.py", "--epochs", "4")
+    assert code == 0, output
+    assert float(re.search(r"accuracy ([\d.]+)", output)[1]) > 0.85, output
+    assert "bucket 0: Quantize(bits=4" in output
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("how", ["die", "stall"])
+def test_a_rank_that_is_gone_surfaces_as_torchs_error(how):
+    """At once where it has died, and after the timeout of the process group where it stalls."""
+    code, output = torchrun(2, SCRIPT.with_name("ddp_leaving.py"), how, timeout=120)
+    assert code != 0 and "left: ok" in output, output

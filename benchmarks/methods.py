@@ -10,6 +10,7 @@ sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")) and moment
 quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
+ddp-onebit and so on  DDP with DoubleSqueeze as its hook: ddp-quantize-B, ddp-sign-P%, ddp-topk-P% too
 noop                  no gradient travels: the most that any compression could give
 ====================  ================================================================================
 """
@@ -33,6 +34,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_horovod import DoubleSqueeze, OneBit, Quantize, TopK
+from ds_horovod.ddp import register
 
 NAMES = (
     "none",
@@ -47,6 +49,10 @@ NAMES = (
     "ddp",
     "ddp-fp16",
     "ddp-powersgd-R",
+    "ddp-onebit",
+    "ddp-topk-P%",
+    "ddp-sign-P%",
+    "ddp-quantize-B",
     "noop",
 )
 
@@ -75,12 +81,18 @@ def reduction(sent: float, model: nn.Module) -> float | None:
 
 def is_known(method: str) -> bool:
     """Whether `distribute` knows the method."""
-    variable = method in ("topk-P%", "sign-P%", "quantize-B", "ddp-powersgd-R")
-    return (method in NAMES and not variable) or _number(method) is not None
+    variable = method.endswith(("-P%", "-B", "-R"))
+    return (method in NAMES and not variable) or _number(method) is not None or _number(_squeezed(method)) is not None
 
 
 _NUMBERED = {"topk-": ("%", 0, 100), "sign-": ("%", 0, 100), "quantize-": ("", 1, 4), "ddp-powersgd-": ("", 0, math.inf)}
 """Beginnings of methods, what follows their number, and between what it must be; the first is excluded."""
+
+
+def _squeezed(method: str) -> str:
+    """The method of Horovod that one of DDP has in its hook; empty where it has none."""
+    name = method.removeprefix("ddp-")
+    return name if name != method and (name == "onebit" or name.startswith(("topk-", "sign-", "quantize-"))) else ""
 
 
 def _number(method: str) -> float | None:
@@ -136,10 +148,14 @@ def distribute(
     def bytes_sent() -> float:
         if not hasattr(optimizer, "double_squeeze"):
             return ring_bytes(model) / (2 if method == "fp16" else 1)
-        stats = optimizer.double_squeeze.stats()  # empty for one rank
-        return float(stats.get("compressed_bytes_sent", 0.0) + stats.get("dense_bytes_sent", 0.0))
+        return _bytes_sent(optimizer.double_squeeze)
 
     return Training(model, optimizer, bytes_sent)
+
+
+def _bytes_sent(squeeze: DoubleSqueeze) -> float:
+    stats = squeeze.stats()  # empty for one rank
+    return float(stats.get("compressed_bytes_sent", 0.0) + stats.get("dense_bytes_sent", 0.0))
 
 
 def _compression(method: str) -> Any:
@@ -162,6 +178,11 @@ def _compression(method: str) -> Any:
 def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, silent_start: bool) -> Training:
     _join_torch()
     rank = _number(method)
+    squeezed = _squeezed(method)
+    if squeezed:
+        ddp = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        state = register(ddp, _compression(squeezed))
+        return Training(ddp, optimizer, lambda: _bytes_sent(state))
     # With several buckets PowerSGD hangs on Gloo: its allreduces are not launched in the same order everywhere.
     one_bucket = {"bucket_cap_mb": 1 + sum(p.numel() * p.element_size() for p in model.parameters()) // 2**20} if rank else {}
     # Horovod leaves batch statistics alone, so DDP does here.

@@ -22,7 +22,12 @@ def test_known_methods(method):
     assert family in NAMES
 
 
-@pytest.mark.parametrize("method", ["", "NONE", "topk-P%", "topk-0%", "topk-101%", "topk-1", "topk-x%", "topk-nan%",
+@pytest.mark.parametrize("method", ["ddp-onebit", "ddp-topk-1%", "ddp-sign-4.5%", "ddp-quantize-4"])
+def test_methods_of_ddp(method):
+    assert is_known(method)
+
+
+@pytest.mark.parametrize("method", ["ddp-topk", "ddp-quantize-5", "ddp-quantize-B", "ddp-sign", "ddp-none", "", "NONE", "topk-P%", "topk-0%", "topk-101%", "topk-1", "topk-x%", "topk-nan%",
                                     "ddp-powersgd-R", "ddp-powersgd-0", "ddp-powersgd", "onebit-4"])  # fmt: skip
 def test_unknown_methods(method):
     assert not is_known(method)
@@ -161,7 +166,7 @@ def clusters_of(mark):
 @pytest.mark.jobs
 def test_all_methods_train_the_same_replicas():
     """Under horovodrun, where no interface is a host's own. `step_times.py` fails where replicas differ."""
-    methods = [method for method in bandwidth.METHODS if method != "noop"]
+    methods = [*(method for method in bandwidth.METHODS if method != "noop"), "ddp-quantize-4", "ddp-sign-4.5%"]
     output = run_ranks(2, "benchmarks/step_times.py", *methods, "--model", "gpt", "--batch-size", "1", "--max-steps", "2")
     results = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '"method"' in line]
     assert [r["method"] for r in results] == methods

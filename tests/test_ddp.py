@@ -79,3 +79,13 @@ def test_a_rank_that_is_gone_surfaces_as_torchs_error(how):
     """At once where it has died, and after the timeout of the process group where it stalls."""
     code, output = torchrun(2, SCRIPT.with_name("ddp_leaving.py"), how, timeout=120)
     assert code != 0 and "left: ok" in output, output
+
+
+@pytest.mark.jobs
+def test_the_page_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "ddp.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    script = tmp_path / "page.py"
+    script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n" + "\n".join(blocks) + "\ndist.destroy_process_group()\n")
+    code, output = torchrun(2, script)
+    assert code == 0 and output.count("bucket 0: Quantize(bits=4") == 1, output

@@ -188,7 +188,7 @@ class Reducer:
         self.velocities.rescale(change.scale)
 
     def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
-        """Learns, in mid-step, which scaler scales the loss.
+        """Learns, in mid-step, which scaler scales a loss that was not scaled by its ``scale``.
 
         Parameters
         ----------
@@ -206,7 +206,7 @@ class Reducer:
         if session is not None and scale != units.scale and (session.step > 1 if exchanged else not session.held):
             raise RuntimeError(
                 f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
-                f"{units.scale:g}, and gradients of this step have been added to them. Pass DoubleSqueeze(grad_scaler=scaler)"
+                f"{units.scale:g}, and gradients of this step have been added to them. Scale the loss with scaler.scale(loss)"
             )
         units.grad_scaler = scaler
         if not exchanged:

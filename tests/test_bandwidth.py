@@ -27,8 +27,9 @@ def test_methods_of_ddp(method):
     assert is_known(method)
 
 
-@pytest.mark.parametrize("method", ["ddp-topk", "ddp-quantize-5", "ddp-quantize-B", "ddp-sign", "ddp-none", "", "NONE", "topk-P%", "topk-0%", "topk-101%", "topk-1", "topk-x%", "topk-nan%",
-                                    "ddp-powersgd-R", "ddp-powersgd-0", "ddp-powersgd", "onebit-4"])  # fmt: skip
+@pytest.mark.parametrize("method", ["", "NONE", "topk-P%", "topk-0%", "topk-101%", "topk-1", "topk-x%", "topk-nan%",
+                                    "ddp-powersgd-R", "ddp-powersgd-0", "ddp-powersgd", "onebit-4", "ddp-topk",
+                                    "ddp-quantize-5", "ddp-quantize-B", "ddp-sign", "ddp-none"])  # fmt: skip
 def test_unknown_methods(method):
     assert not is_known(method)
 

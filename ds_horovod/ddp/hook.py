@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
+from ..scaling import active_scaler
 from ..uncompressed import warn_of_two_momenta
-from .amp import active_scaler
 from .transport import ProcessGroupTransport, Sent
 
 _PROBED = 64  # elements that tell at once that a gradient is not zero
@@ -236,9 +236,7 @@ class _Steps:
 
     def _begin(self, reducer: Reducer) -> None:
         self._open = True
-        scaler = active_scaler()
-        if scaler is not None and reducer.units.grad_scaler is not scaler:
-            reducer.adopt_scaler(scaler, exchanged=False)
+        reducer.units.grad_scaler = active_scaler() or reducer.units.grad_scaler
         rates = {}
         if self._optimizer is not None and reducer.options.lr_aware:
             groups = self._optimizer.param_groups

@@ -15,10 +15,12 @@ except ImportError as error:
         "does that (scripts/install_horovod.sh VENV)."
     ) from error
 
+from ..scaling import watch_scalers as _watch_scalers
 from .amp import install as _install_amp
 from .elastic import install as _install_elastic
 from .hook import install as _install_hook
 
 _install_hook()
 _install_amp()
+_watch_scalers()
 _install_elastic()

@@ -49,6 +49,9 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _synchronize(scaler: Any, optimizer: Any, reducer: Reducer) -> None:
     """Averages the gradients before they are unscaled, unless that is done. Errors follow this scaler from now on."""
     if reducer.units.grad_scaler is not scaler:
-        reducer.adopt_scaler(scaler, exchanged=not optimizer._double_squeeze_open and are_averaged(optimizer))
+        if optimizer._double_squeeze_open or are_averaged(optimizer):
+            reducer.adopt_scaler(scaler, exchanged=not optimizer._double_squeeze_open)
+        else:  # without backward on this rank, the step begins in synchronize
+            reducer.units.grad_scaler = scaler
     if optimizer._should_synchronize:
         optimizer.synchronize()

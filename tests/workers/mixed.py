@@ -229,14 +229,37 @@ def residuals(optimizer):
 
 
 @check
-def a_scaler_that_comes_too_late_is_refused():
+def a_scaler_that_comes_late_is_followed():
+    """What is held of gradients that were not scaled is scaled when the scaler begins."""
+    results = []
+    for late in (True, False):
+        model = small_model()
+        optimizer = distributed(model, squeeze(OneBit(64)))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(6):
+            if late and step >= 2:
+                tutorial_step(model, optimizer, scaler, step)
+            else:
+                train_step(model, optimizer, step)
+            assert_identical(model)
+        results.append(flat(model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@check
+def a_loss_that_is_scaled_by_hand_is_refused_where_it_comes_late():
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(64)))
     for step in range(2):
         train_step(model, optimizer, step)
     weights = flat(model.parameters())
-    with raises(RuntimeError, "scales the loss by 1024", "scaled by 1", "grad_scaler=scaler"):
-        tutorial_step(model, optimizer, torch.amp.GradScaler("cpu", init_scale=1024.0), 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(1))
+    x, y = batch(2)
+    optimizer.zero_grad()
+    (cross_entropy(model(x), y) * scaler.get_scale()).backward()
+    with raises(RuntimeError, "scales the loss by 1024", "scaled by 1", "scaler.scale(loss)"):
+        scaler.step(optimizer)
     assert torch.equal(weights, flat(model.parameters()))
     optimizer.synchronize()
 

@@ -14,14 +14,15 @@ _active: list[Any] = []
 """The scaler of the backward under way, at most one."""
 
 
-def install() -> None:
-    """Extends torch's GradScaler so that `active_scaler` knows; to be called once."""
+@functools.cache
+def watch_scalers() -> None:
+    """Extends torch's GradScaler, at the first call, so that `active_scaler` knows."""
     scaler: Any = torch.amp.GradScaler
     scaler.scale = _scale(scaler.scale)
 
 
 def active_scaler() -> Any:
-    """The GradScaler whose ``scale(loss).backward()`` runs now; None where the loss is not scaled."""
+    """The GradScaler whose ``scale(loss).backward()`` runs now; None where the loss is not scaled, or not with `scale`."""
     return _active[0] if _active else None
 
 

@@ -14,11 +14,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import horovod.torch as hvd
 import torch
 
 Number = TypeVar("Number", int, float)
@@ -30,7 +29,7 @@ def use_threads(threads: int | None = None) -> None:
     Torch would take all cores in every rank, and ranks on one machine would wait for each other's threads.
     """
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // _ranks()[1]))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -46,11 +45,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, args: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
     """Writes results of ranks, from one of them, with all that one needs to judge and repeat them."""
-    ranks = {
-        "ranks": hvd.size(),
-        "ranks_per_machine": hvd.local_size(),
-        "threads_per_rank": torch.get_num_threads(),
-    }
+    size, local_size = _ranks()
+    ranks = {"ranks": size, "ranks_per_machine": local_size, "threads_per_rank": torch.get_num_threads()}
     path.write_text(json.dumps({**provenance(args), **ranks, "results": results}, indent=2) + "\n")
 
 
@@ -69,9 +65,23 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "horovod", "ds_horovod")},
+            **{package: _version(package) for package in ("torch", "horovod", "ds_horovod")},
         },
     }
+
+
+def _ranks() -> tuple[int, int]:
+    """How many ranks there are, and how many of them on this machine: one where Horovod is not in use."""
+    hvd = sys.modules.get("horovod.torch")
+    return (hvd.size(), hvd.local_size()) if hvd is not None and hvd.is_initialized() else (1, 1)
+
+
+def _version(package: str) -> str | None:
+    """None where the package is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -40,7 +40,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import horovod.torch as hvd
 import numpy
 import torch
 from common import new_file, positive, table, write_json
@@ -383,7 +382,6 @@ def main() -> int:
             del arrays
 
     if args.json:
-        hvd.init()  # which write_json asks for the ranks; not before, for its thread would disturb the timing
         write_json(args.json, args, [*({"kind": "memory", **asdict(m)} for m in memories), *times])
     return 0 if all(result["correct"] for result in times) else 1
 

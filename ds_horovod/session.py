@@ -344,9 +344,10 @@ def _require_dtype(name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> Non
 
 
 WAYS_OUT = {
-    "weights": "Replicas must start with equal weights. Call hvd.broadcast_parameters(model.state_dict(), root_rank=0) on all "
-    "ranks, as the last thing before training: hvd.broadcast_optimizer_state may change weights, where weight decay is on. "
-    "What is meant to differ must not be among the optimizer's parameters.",
+    "weights": "Replicas must start with equal weights. With Horovod, call hvd.broadcast_parameters(model.state_dict(), "
+    "root_rank=0) on all ranks, as the last thing before training: hvd.broadcast_optimizer_state may change weights, where "
+    "weight decay is on. DistributedDataParallel broadcasts them when it is made: change them before that. What is meant to "
+    "differ must not be among the optimizer's parameters.",
     "loaded state": "Where one rank has loaded a state, call optimizer.double_squeeze.broadcast_state(root_rank=...) on all "
     "ranks, once the optimizer is made; or load on all ranks.",
 }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 # Without Horovod there is nothing to test of benchmarks of Horovod.
-NEED_HOROVOD = ["test_bandwidth.py", "test_cluster.py", "test_convergence.py", "test_gpu_benchmark.py", "test_results.py"]
+NEED_HOROVOD = ["test_bandwidth.py", "test_cluster.py", "test_convergence.py", "test_results.py"]
 collect_ignore = [] if importlib.util.find_spec("horovod") else NEED_HOROVOD
 
 

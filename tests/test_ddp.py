@@ -16,7 +16,7 @@ SCRIPT = ROOT / "tests" / "workers" / "ddp.py"
 NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
 
 
-def torchrun(ranks, script, *arguments, timeout=600, **options):
+def torchrun(ranks, script, *arguments, timeout=1200, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
     job = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

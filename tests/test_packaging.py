@@ -46,7 +46,7 @@ def test_wheel_holds_the_package_and_its_kernels(releases):
     assert any(name.startswith("ds_horovod/_cpu.") and name.endswith(".so") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} <= {"ds_horovod", "ds_horovod.egg"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.1", "Requires-Dist: numpy"]
+    assert required == ["Requires-Dist: torch>=2.3", "Requires-Dist: numpy"]
 
 
 def test_wheel_finds_the_cuda_sources_that_it_compiles(releases):

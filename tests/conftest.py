@@ -21,8 +21,8 @@ def one_thread():
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
 def pytest_xdist_auto_num_workers(config):
-    """Two more than cores: jobs sleep, until a timeout of Gloo or a stall is over, as often as they compute."""
-    return len(os.sched_getaffinity(0)) + (0 if config.option.markexpr == "not jobs" else 2)
+    """One more than cores: jobs sleep now and then, until a timeout is over, but ranks of several at once cost twice the time."""
+    return len(os.sched_getaffinity(0)) + (0 if config.option.markexpr == "not jobs" else 1)
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups afterwards

@@ -180,7 +180,8 @@ def _ddp(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, silent
     rank = _number(method)
     squeezed = _squeezed(method)
     if squeezed:
-        ddp = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False)
+        # Views of torch's buckets save a copy of all gradients.
+        ddp = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
         state = register(ddp, _compression(squeezed))
         return Training(ddp, optimizer, lambda: _bytes_sent(state))
     # With several buckets PowerSGD hangs on Gloo: its allreduces are not launched in the same order everywhere.

@@ -21,7 +21,7 @@ def one_thread():
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
 def pytest_xdist_auto_num_workers(config):
-    """One more than cores: jobs sleep now and then, until a timeout is over, but ranks of several at once cost twice the time."""
+    """One more than cores: jobs sleep now and then, but ranks of several at once cost twice the time."""
     return len(os.sched_getaffinity(0)) + (0 if config.option.markexpr == "not jobs" else 1)
 
 

@@ -27,11 +27,10 @@ def _environment(gloo_timeout: int) -> dict[str, str]:
 PATIENT = 300
 
 
-def run_job(arguments: list[str], timeout: float) -> tuple[int, str]:
-    """Runs ``horovodrun arguments``. Returns its exit status and output; fails if it hangs."""
+def run_command(command: list[str], timeout: float, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """Returns the exit status and the output of a command; if it hangs, ends all its processes and fails."""
     job = subprocess.Popen(
-        [Path(sys.executable).parent / "horovodrun", "--gloo", *arguments],
-        cwd=ROOT, env=_environment(PATIENT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -39,8 +38,14 @@ def run_job(arguments: list[str], timeout: float) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         output, _ = job.communicate()
-        raise AssertionError(f"horovodrun {' '.join(arguments)} hangs:\n{output[-4000:]}") from None
+        raise AssertionError(f"{' '.join(command)} hangs:\n{output[-4000:]}") from None
     return job.returncode, output
+
+
+def run_job(arguments: list[str], timeout: float) -> tuple[int, str]:
+    """Runs ``horovodrun arguments``. Returns its exit status and output; fails if it hangs."""
+    command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", *arguments]
+    return run_command(command, timeout, _environment(PATIENT))
 
 
 def horovodrun(ranks: int, *command: str, timeout: float = 600) -> str:

@@ -3,33 +3,20 @@
 import functools
 import json
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from horovod_jobs import run_command
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "workers" / "ddp.py"
 NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
 
 
-def torchrun(ranks, script, *arguments, timeout=1200, **options):
+def torchrun(ranks, script, *arguments, timeout=1200):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
-    job = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        **options,
-    )  # fmt: skip
-    try:
-        output, _ = job.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGTERM)
-        time.sleep(5)
-        job.kill()
-        raise AssertionError(f"{script} hangs:\n{job.communicate()[0][-4000:]}") from None
-    return job.returncode, output
+    return run_command(list(map(str, command)), timeout)
 
 
 @pytest.fixture(scope="module")

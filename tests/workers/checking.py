@@ -1,25 +1,19 @@
 """What the scripts of checks share: run by ``horovodrun -np N python tests/workers/SCRIPT.py FILE``.
 
-Every rank runs every check of a script in the same order and writes FILE.<rank>: a JSON object of check -> "" or a
-traceback. test_horovod.py makes a test of each check.
+Every rank runs every check of a script: see registry.py. test_horovod.py makes a test of each.
 """
 
-import json
 import os
-import sys
 import time
-import traceback
-from contextlib import contextmanager
 
 import horovod.torch as hvd
 import torch
 from horovod.torch import mpi_ops
+from registry import run_checks
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ds_horovod import DoubleSqueeze
-
-CHECKS = []
 
 
 def _wait_and_clear(handle, original=mpi_ops.mpi_lib.horovod_torch_wait_and_clear):
@@ -30,23 +24,6 @@ def _wait_and_clear(handle, original=mpi_ops.mpi_lib.horovod_torch_wait_and_clea
 
 # Horovod's own spins. With two ranks to a core, a collective takes five times as long then.
 mpi_ops.mpi_lib.horovod_torch_wait_and_clear = _wait_and_clear
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
-
-
-@contextmanager
-def raises(kind, *parts):
-    """Like pytest.raises, for all parts of the message."""
-    try:
-        yield
-    except kind as error:
-        missing = [part for part in parts if part not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__} was raised")
 
 
 # ---- helpers
@@ -131,17 +108,8 @@ def errors_in_gradient_order(optimizer):
 
 
 def main(process_sets=None):
-    assert len({function.__name__ for function in CHECKS}) == len(CHECKS), "two checks have the same name"
     # Which tensors Horovod joins for one sum depends on when they come, and so does the order in which it adds their elements.
     os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     hvd.init(process_sets=process_sets)
     torch.set_num_threads(1)
-    results = {}
-    for function in CHECKS:
-        try:
-            function()
-            results[function.__name__] = ""
-        except Exception:
-            results[function.__name__] = traceback.format_exc()
-        with open(f"{sys.argv[1]}.{hvd.rank()}", "w") as file:
-            json.dump(results, file)
+    run_checks(hvd.rank())

@@ -13,17 +13,16 @@ from checking import (
     accumulate,
     assert_identical,
     batch,
-    check,
     distributed,
     errors_in_gradient_order,
     everyones,
     flat,
     main,
-    raises,
     small_model,
     squeeze,
     train_step,
 )
+from registry import check, raises
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -4,15 +4,14 @@ As checking.py, without Horovod.
 """
 
 import copy
-import json
 import os
 import sys
-import traceback
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from registry import check, raises, run_checks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -20,49 +19,32 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, TopK
 from ds_horovod.ddp import double_squeeze_hook, register
+from ds_horovod.scaling import active_scaler
 
-CHECKS = []
 WAYS = {
     "as it is": {}, "views": {"gradient_as_bucket_view": True}, "static graph": {"static_graph": True},
     "unused parameters": {"find_unused_parameters": True},
 }  # fmt: skip
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
-
-
-@contextmanager
-def raises(kind, *parts):
-    try:
-        yield
-    except kind as error:
-        missing = [part for part in parts if part not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__} was raised")
+SHAPES = {"a": (33, 65), "b": (65,), "c": (47, 65), "d": (7, 47), "e": (70, 8), "f": (7,)}
 
 
 class Given(nn.Module):
     """Its gradients are what it is called with: a tensor for each parameter; None: the parameter is not used."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        shapes = {"a": (33, 65), "b": (65,), "c": (47, 65), "d": (7, 47), "e": (70, 8), "f": (7,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.randn(shape).to(dtype)))
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
     def forward(self, gradients):
         used = ((p, gradients[name]) for name, p in self.named_parameters() if gradients[name] is not None)
         return sum((p * gradient.to(p.dtype)).sum() for p, gradient in used)
 
 
-def gradients(step, rank=None, unused=(), of=None):
+def gradients(step, rank=None, unused=()):
     generator = torch.Generator().manual_seed(1000 * step + (dist.get_rank() if rank is None else rank))
-    parameters = dict((Given() if of is None else of).named_parameters())
-    drawn = {name: torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     return {name: None if name in unused else gradient for name, gradient in drawn.items()}
 
 
@@ -96,17 +78,17 @@ def grads(model):
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
-def mean(step, **kwargs):
+def mean(step):
     size = dist.get_world_size()
-    drawn = [gradients(step, rank, **kwargs) for rank in range(size)]
-    return {name: sum(torch.zeros(()) if g[name] is None else g[name].double() for g in drawn) / size for name in drawn[0]}
+    drawn = [gradients(step, rank) for rank in range(size)]
+    return {name: sum(given[name].double() for given in drawn) / size for name in SHAPES}
 
 
 @check
 def nothing_is_lost_whatever_torch_does_with_its_buckets():
     """The sum of what was given is what has arrived and what waits: mean_i(e_i) + E, by names, for each parameter."""
     for compressor, options in (
-        (OneBit(64), {}), (Quantize(4, 64), {"server": 0}), (TopK(0.1), {"server_error": True}),
+        (OneBit(64), {}), (Quantize(4, 64), {"server": 0}), (TopK(0.1), {}),
         (RandomK(0.2), {"warmup_steps": 1}), (OneBit(64), {"server_compressor": NoCompression()}),
     ):  # fmt: skip
         for ways in WAYS.values():
@@ -143,10 +125,15 @@ def whatever_torch_does_with_its_buckets_the_bits_are_the_same():
 
 @check
 def parameters_that_no_rank_uses_keep_what_waits():
-    """torch gives the optimizer no gradient of them, so nothing must arrive."""
-    for options in ({}, {"worker_error": False}, {"warmup_steps": 1}):
-        model, squeeze = make(small(OneBit(64), **options), find_unused_parameters=True)
-        total = {name: torch.zeros(p.shape).double() for name, p in model.module.named_parameters()}
+    """torch gives the optimizer no gradient of them, so nothing must arrive. One rank, or the first, has servers alone."""
+    for compressor, options in (
+        (OneBit(64), {}),
+        (OneBit(64), {"warmup_steps": 1}),
+        (NoCompression(), {"server_compressor": OneBit(64), "worker_error": False}),
+        (NoCompression(), {"server_compressor": OneBit(64), "worker_error": False, "server": 0}),
+    ):
+        model, squeeze = make(small(compressor, **options), find_unused_parameters=True)
+        total = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
         for step in range(6):
             everywhere, here = {3: "a", 4: "ce"}.get(step, ""), "d" if dist.get_rank() == 0 and step == 2 else ""
             model.zero_grad()
@@ -157,10 +144,27 @@ def parameters_that_no_rank_uses_keep_what_waits():
                 if gradient is not None:
                     given = sum(gradients(step, rank)[name].double() for rank in users) / dist.get_world_size()
                     total[name] += given - gradient.double()
-        if options.get("worker_error", True):
-            for name, error in squeeze.full_state_dict()["errors"].items():
-                off = (total[name] - error.double()).abs().max()
-                assert off < 1e-4, (options, name, off)
+        errors = squeeze.full_state_dict()["errors"]
+        assert set(errors) == set("acde"), errors.keys()
+        for name, error in errors.items():
+            off = (total[name] - error.double()).abs().max()
+            assert off < 1e-4, (options, name, off)
+
+
+@check
+def parameters_that_no_rank_uses_stay_clear_of_what_is_not_finite():
+    """They share a bucket, and a scale, with one that is not."""
+    model, squeeze = make(small(OneBit(granularity="bucket"), bucket_cap_mb=1), find_unused_parameters=True)
+    for step in range(4):
+        given = gradients(step, unused="c" if step == 1 else "")
+        if step == 1 and dist.get_rank() == 0:
+            given["a"][0, 0] = float("nan")
+        model.zero_grad()
+        model(given).backward()
+        if step != 1:
+            assert all(gradient.isfinite().all() for gradient in grads(model).values()), step
+        for name, error in squeeze.full_state_dict()["errors"].items():
+            assert error.isfinite().all(), (step, name)
 
 
 @check
@@ -228,6 +232,24 @@ def a_loss_that_is_scaled_is_learned_of():
 def _errors(squeeze):
     state = squeeze.full_state_dict()
     return {name: error / state["units"]["scale"] for name, error in state["errors"].items()}
+
+
+@check
+def a_scaler_is_forgotten_with_its_backward():
+    """Whether it ends or fails."""
+    model, squeeze = make(small(OneBit(64)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    lost = torch.ones(3, requires_grad=True)
+    lost.register_hook(lambda gradient: 1 / 0)
+    with raises(ZeroDivisionError):
+        scaler.scale(lost.sum()).backward()
+    assert active_scaler() is None
+    model(gradients(0)).backward()
+    assert squeeze.full_state_dict()["units"]["scale"] == 1.0
+    model.zero_grad()
+    scaler.scale(model(gradients(1))).backward()
+    assert squeeze.full_state_dict()["units"]["scale"] == 2.0**6
+    assert active_scaler() is None
 
 
 @check
@@ -401,15 +423,7 @@ def ranks_that_do_not_agree_are_told():
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    results = {}
-    for function in CHECKS:
-        try:
-            function()
-            results[function.__name__] = ""
-        except Exception:
-            results[function.__name__] = traceback.format_exc()
-        with open(f"{sys.argv[1]}.{dist.get_rank()}", "w") as file:
-            json.dump(results, file)
+    run_checks(dist.get_rank())
     dist.destroy_process_group()
 
 

@@ -8,15 +8,14 @@ import torch
 from checking import (
     accumulate,
     assert_identical,
-    check,
     distributed,
     errors_in_gradient_order,
     main,
-    raises,
     small_model,
     squeeze,
     train_step,
 )
+from registry import check, raises
 
 import ds_horovod
 from ds_horovod import Cast, DoubleSqueeze, OneBit, Quantize, TopK

@@ -9,16 +9,15 @@ import torch
 from checking import (
     assert_identical,
     batch,
-    check,
     distributed,
     errors_in_gradient_order,
     flat,
     main,
-    raises,
     small_model,
     squeeze,
     train_step,
 )
+from registry import check, raises
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 

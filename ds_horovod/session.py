@@ -271,12 +271,13 @@ class Session(Buckets[Handle]):
     def put_back(self, p: Tensor) -> None:
         """Makes what has arrived for a parameter wait, where its optimizer is given no gradient; on all ranks.
 
-        Each rank adds it to its error, so that the mean of all is larger by just that. The gradient becomes zero.
+        Each rank adds it to its error, so that the mean of all is larger by just that. The gradient becomes zero. What is not
+        finite is left out: the exchange has kept those elements in the errors.
         """
         bucket = self.bucket_of[p]
         gradient, exchange = self.finish(p), bucket.exchange
-        i, layout = bucket.parameters.index(p), exchange.layout
-        start, own = layout.offsets[i], gradient.detach().reshape(-1).float()
+        layout, own = exchange.layout, gradient.detach().reshape(-1).float()
+        start, own = layout.offsets[bucket.names.index(self._names[p])], own.where(own.isfinite(), 0.0)
         if exchange.worker_error is not None:
             exchange.worker_error[start : start + own.numel()] += own / (self.weight * self.transport.size)
         elif exchange.server_error is not None:

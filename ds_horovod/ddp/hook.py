@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
-from ..scaling import active_scaler
 from ..uncompressed import warn_of_two_momenta
 from .transport import ProcessGroupTransport, Sent
 
@@ -76,9 +75,8 @@ def register(
     state: DoubleSqueeze | type[DoubleSqueeze] | Compressor = DoubleSqueeze,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    process_group: dist.ProcessGroup | None = None,
 ) -> DoubleSqueeze:
-    """Registers the hook with a model; all ranks call it, before training.
+    """Registers the hook with a model; all ranks of its process group call it, before training.
 
     Parameters
     ----------
@@ -88,8 +86,6 @@ def register(
         The compression: an instance, the class for its defaults, or a compressor.
     optimizer
         Of the model: for ``lr_aware=True``, and to be told of momentum that would be applied twice.
-    process_group
-        Default: the model's.
 
     Returns
     -------
@@ -116,7 +112,7 @@ def register(
     ignored = set(getattr(model, "parameters_to_ignore", ()))
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
     steps = _Steps(state, model, optimizer)
-    steps.bind(named, model.process_group if process_group is None else process_group)
+    steps.bind(named, model.process_group)
     if state.options.momentum and optimizer is not None:
         warn_of_two_momenta(state.options.momentum, optimizer.param_groups, stacklevel=2)
     model.register_comm_hook(state, double_squeeze_hook)
@@ -176,8 +172,7 @@ class _Steps:
         self._names: dict[Tensor, str] = {}
         self._taken: list[_Taken] = []
         self._gradients: dict[Tensor, Tensor] = {}  # of the step under way
-        self._zero: dict[Tensor, Tensor] = {}  # whether they were, where that is to be known
-        self._open = False  # whether the step has begun
+        self._zero: dict[Tensor, Tensor] = {}  # whether those that are compressed were, where that is to be known
 
     def bind(self, named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup | None = None) -> None:
         """Ties the state to the parameters of the model; all ranks call it."""
@@ -219,7 +214,7 @@ class _Steps:
     def _hand_over(self, taken: _Taken) -> None:
         reducer = self._reducer
         assert reducer is not None
-        if not self._open:
+        if not self._gradients:
             self._begin(reducer)
         session = reducer.session
         for p, gradient in zip(taken.parameters, taken.gradients, strict=True):
@@ -229,14 +224,12 @@ class _Steps:
                     "this instance belongs to; make one for each model"
                 )
             self._gradients[p] = gradient
-            if self._skips_unused:  # now: an exchange overwrites it
-                self._zero[p] = _is_zero(gradient)
             if session is not None and session.admit(p):
+                if self._skips_unused:  # now: an exchange overwrites it
+                    self._zero[p] = _is_zero(gradient)
                 session.ready(p)
 
     def _begin(self, reducer: Reducer) -> None:
-        self._open = True
-        reducer.units.grad_scaler = active_scaler() or reducer.units.grad_scaler
         rates = {}
         if self._optimizer is not None and reducer.options.lr_aware:
             groups = self._optimizer.param_groups
@@ -252,13 +245,12 @@ class _Steps:
             reducer.clip_alone()
         else:
             session.flush()
-            flags = {p: zero for p, zero in self._zero.items() if session.covers(p)}
             rest = [gradient for p, gradient in self._gradients.items() if not session.covers(p)]
-            uncompressed = _Uncompressed(rest, list(flags.values()), self._transport, session.weight)
+            uncompressed = _Uncompressed(rest, list(self._zero.values()), self._transport, session.weight)
             session.drain()
             zero_everywhere = uncompressed.finish()
             session.settle(lambda: all(bool(_values(gradient).isfinite().all()) for gradient in rest))
-            back = {p for p, zero in zip(flags, zero_everywhere, strict=True) if zero and not session.skipped}
+            back = {p for p, zero in zip(self._zero, zero_everywhere, strict=True) if zero and not session.skipped}
             for p in [p for p in self._gradients if session.covers(p)]:
                 if p in back:
                     session.put_back(p)
@@ -273,15 +265,12 @@ class _Steps:
         self._taken.clear()
         self._gradients.clear()
         self._zero.clear()
-        self._open = False
 
 
 def _is_zero(gradient: Tensor) -> Tensor:
     """Whether all elements are: 1 or 0, of no dimension. On a CPU, where reading all costs time, a few often tell."""
-    if gradient.is_sparse:
-        return torch.tensor(float(gradient._nnz() == 0), device=gradient.device, dtype=torch.float32)
     if gradient.is_cpu and bool(gradient.as_strided((min(_PROBED, gradient.numel()),), (1,)).any()):
-        return torch.zeros((), dtype=torch.float32)
+        return gradient.new_zeros((), dtype=torch.float32)
     return (~gradient.any()).float()
 
 

@@ -16,6 +16,7 @@ from .checksum import checksums
 from .compressors import Compressor
 from .options import Options
 from .residual import Residual
+from .scaling import active_scaler
 from .selection import Selection
 from .session import GradientOf, Session
 from .uncompressed import Velocities, clip
@@ -169,13 +170,14 @@ class Reducer:
     # ---- every step
 
     def begin_step(self, rates: Mapping[str, float]) -> None:
-        """A step begins: errors follow the loss scale and, with `lr_aware`, the learning rate.
+        """A step begins, in backward: errors follow the loss scale and, with `lr_aware`, the learning rate.
 
         Parameters
         ----------
         rates
             The learning rate of each parameter, by name.
         """
+        self.units.grad_scaler = active_scaler() or self.units.grad_scaler
         if self.loaded is None:
             self._loaded = None  # its errors need not stay in memory
         change = self.units.begin_step(rates)

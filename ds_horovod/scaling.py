@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-_active: list[Any] = []
-"""The scaler of the backward under way, at most one."""
+
+class _Backward:
+    """A backward that has reached a scaled loss. Autograd alone holds it, and so forgets it where the backward fails, too."""
+
+    def __init__(self, scaler: Any) -> None:
+        self.scaler = scaler
+
+    def end(self) -> None:
+        self.scaler = None
+
+
+_latest: weakref.ref[_Backward] | None = None
+"""The last backward that has reached a scaled loss."""
 
 
 @functools.cache
@@ -23,7 +35,8 @@ def watch_scalers() -> None:
 
 def active_scaler() -> Any:
     """The GradScaler whose ``scale(loss).backward()`` runs now; None where the loss is not scaled, or not with `scale`."""
-    return _active[0] if _active else None
+    backward = None if _latest is None else _latest()
+    return None if backward is None else backward.scaler
 
 
 def _scale(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,5 +60,7 @@ def _mark(scaler: Any, scaled: Any) -> None:
 
 def _begin(scaler: Any) -> None:
     """Is called where a backward reaches a scaled loss, which is where it begins."""
-    _active[:] = [scaler]
-    Variable._execution_engine.queue_callback(_active.clear)
+    global _latest
+    backward = _Backward(scaler)
+    _latest = weakref.ref(backward)
+    Variable._execution_engine.queue_callback(backward.end)

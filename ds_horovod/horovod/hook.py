@@ -27,7 +27,6 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
-from ..scaling import active_scaler
 from ..uncompressed import warn_of_two_momenta
 from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
@@ -514,7 +513,6 @@ def _begin_step(self: Any) -> None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
     self._double_squeeze_dense.forget()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, True
-    reducer.units.grad_scaler = active_scaler() or reducer.units.grad_scaler
     _follow_rates(self, reducer)
 
 

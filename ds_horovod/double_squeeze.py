@@ -17,7 +17,7 @@ from .buckets import GroupTransport
 from .checkpoint import full_state, load, rank_state, require_format
 from .compressors import Compressor, OneBit
 from .eager import TensorReducer
-from .options import Options, require_compressor
+from .options import Options
 from .reducer import Reducer
 from .selection import Selection, explain
 from .session import GradientOf
@@ -65,7 +65,8 @@ class DoubleSqueeze:
     server_compressor
         Of what the servers reply. Default: the same.
     worker_error, server_error
-        Whether workers and servers compensate their error.
+        Whether workers and servers compensate their error. A compressor that is no contraction (`Compressor.contracts`) is
+        refused where they do: the error would grow without bound.
     momentum
         Of momentum correction with factor masking (Lin et al., ICLR 2018, arXiv 1712.01887), in place of the optimizer's
         own, which must be 0 then (of Adam: beta1): each worker adds up its own gradients, u = momentum * u + g, sends what
@@ -310,12 +311,11 @@ class DoubleSqueeze:
         RuntimeError
             A step is under way.
         """
-        require_compressor("compressor", compressor, self.options.momentum)
-        if server_compressor is not None:
-            require_compressor("server_compressor", server_compressor)
+        if compressor is None:
+            raise TypeError("DoubleSqueeze: compressor must be a ds_horovod Compressor, got None")
+        options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
         if isinstance(self._reducer, TensorReducer):
             raise ValueError("DoubleSqueeze: change_compressor is for optimizers, and allreduce uses this instance")
-        options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
         if self._reducer is None:
             self._options = options
         else:

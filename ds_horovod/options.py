@@ -56,9 +56,11 @@ class Options:
         self._check("server", int, "must be a rank, or None for all ranks;", lambda value: value >= 0)
         self._check("bucket_cap_mb", float, "must be positive, or None for one bucket;", lambda value: value > 0)
         self._check("min_numel", int, "must be a positive whole number,", lambda value: value >= 1)
-        require_compressor("compressor", self.compressor, self.momentum)
+        self.require_compressor("compressor", self.compressor)
         if self.server_compressor is not None:
             require_compressor("server_compressor", self.server_compressor)
+            if self.server_error:
+                require_contraction("server_compressor", self.server_compressor, "server_error")
         self._check_choose()
         if self.grad_scaler is not None and not callable(getattr(self.grad_scaler, "get_scale", None)):
             raise TypeError(f"DoubleSqueeze: grad_scaler must be a torch.amp.GradScaler, got {self.grad_scaler!r}")
@@ -82,7 +84,15 @@ class Options:
             if not isinstance(pattern, str):
                 raise TypeError(f"DoubleSqueeze: choose must have patterns of names, got {pattern!r}")
             if choice is not None and not isinstance(choice, bool):
-                require_compressor(f"choose[{pattern!r}]", choice, self.momentum)
+                self.require_compressor(f"choose[{pattern!r}]", choice)
+
+    def require_compressor(self, option: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless a value can be what workers push with, and servers reply with if need be."""
+        require_compressor(option, value, self.momentum)
+        if self.worker_error:
+            require_contraction(option, value, "worker_error")
+        if self.server_error and self.server_compressor is None:
+            require_contraction(option, value, "server_error")
 
     @property
     def reply_compressor(self) -> Compressor:
@@ -112,4 +122,13 @@ def require_compressor(option: str, value: Any, momentum: float = 0.0) -> None:
         raise ValueError(
             f"DoubleSqueeze: momentum={momentum!r} needs a compressor that leaves elements out, as TopK does; "
             f"{value!r} sends all of them, so leave the momentum to the optimizer"
+        )
+
+
+def require_contraction(option: str, value: Compressor, error: str) -> None:
+    """Raises ValueError if what a compressor leaves would grow without bound in an error."""
+    if not value.contracts:
+        raise ValueError(
+            f"DoubleSqueeze: {option} must be a contraction where an error is kept, and {value!r} is none: the error would "
+            f'grow without bound. Pass {error}=False, or use scale="absmax", more bits or smaller blocks'
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compressors import Compressor
 from .layout import Layout, fill_buckets, pack
-from .options import Choice, Options, require_compressor
+from .options import Choice, Options
 
 COMPRESSIBLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -113,7 +113,7 @@ class Selection:
             for name, p in parameters:
                 choice = self.choice(name, p)
                 if isinstance(choice, Compressor):
-                    require_compressor(f"choose({name!r})", choice, self.options.momentum)
+                    self.options.require_compressor(f"choose({name!r})", choice)
         for pattern in choose if isinstance(choose, Mapping) else ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import COMPRESSORS, Int8, assert_same_bits, gathered, generator
 
-from ds_horovod import DoubleSqueeze, NoCompression, OneBit, Quantize, TopK
+from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.feedback import FeedbackState
 from ds_horovod.in_process import Simulation, Workers
 from ds_horovod.layout import pack
@@ -125,6 +125,53 @@ def test_sixty_four_workers(server):
     group = Group((OneBit(32), TopK(0.1)), 64, server)
     for _ in range(3):
         check_law(group, group.gradients(g))
+
+
+ADVERTISED = [
+    *(OneBit(block, scale, granularity) for block, granularity in ((256, "block"), (2048, "bucket")) for scale in ("l1", "l2")),
+    *(TopK(0.01, values=values) for values in ("fp32", "fp16", "sign")),
+    TopK(0.045, values="sign"),
+    *(kind(*bits, 256, rounding) for kind, *bits in ((Quantize, 2), (Quantize, 3), (Quantize, 4), (Quantize, 8), (Ternary,))
+      for rounding in ("nearest", "stochastic")),
+    *(Quantize(bits, block, "stochastic", "l2") for bits, block in ((3, 32), (4, 192), (8, 2048))),
+    RandomK(0.05),
+    Cast("fp16"),
+    Cast("bf16"),
+    NoCompression(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+@pytest.mark.parametrize("compressor", ADVERTISED, ids=repr)
+def test_errors_stay_bounded(compressor, tails):
+    """Over 2000 steps of error feedback: at its end the error is no larger than what the first steps had already."""
+    numel, steps, g = 512, 2000, generator(0)
+    layout = pack([numel], compressor.block, 1)
+    payload = torch.zeros(1, compressor.chunk_nbytes(layout), dtype=torch.uint8)
+    state = FeedbackState(torch.zeros(layout.numel))
+    gradients = torch.randn(steps, numel, generator=g)
+    if tails == "heavy":
+        gradients /= torch.empty(steps, numel).exponential_(generator=g).sqrt()  # Student's t with 2 degrees of freedom
+    norms = []
+    for state.step, gradient in enumerate(gradients):
+        compressor.encode(layout, [gradient], state, payload.zero_())
+        norms.append(state.error.norm())
+    norms = torch.stack(norms) / gradients.norm(dim=1).median()
+    half = steps // 2
+    assert compressor.contracts and norms[half:].median() <= 1.5 * norms[:half].median()
+    assert norms.median() < 40  # of a gradient's: what RandomK leaves out for 1 / 0.05 steps, and some more
+
+
+@pytest.mark.parametrize("compressor", [Ternary(256, "stochastic", "l2"), Quantize(4, 512, "stochastic", "l2")], ids=repr)
+def test_errors_that_grow_are_refused(compressor):
+    layout = pack([512], compressor.block, 1)
+    payload = torch.zeros(1, compressor.chunk_nbytes(layout), dtype=torch.uint8)
+    state = FeedbackState(torch.zeros(layout.numel))
+    for state.step in range(500):
+        compressor.encode(layout, [torch.randn(512, generator=generator(state.step))], state, payload.zero_())
+    assert state.error.norm() > 1e6
+    with pytest.raises(ValueError, match=r"grow without bound\. Pass worker_error=False"):
+        Options(compressor)
 
 
 @pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])

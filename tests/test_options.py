@@ -137,6 +137,38 @@ def test_momentum_needs_a_compressor_that_leaves_elements_out(compressor):
         DoubleSqueeze(compressor, momentum=0.9)
 
 
+GROWING = Quantize(2, 256, "stochastic", "l2")
+"""What it leaves is more than it was given: no contraction."""
+
+
+@pytest.mark.parametrize(
+    "make, option, error",
+    [
+        (lambda: DoubleSqueeze(GROWING), "compressor", "worker_error"),
+        (lambda: DoubleSqueeze(GROWING, server_compressor=OneBit()), "compressor", "worker_error"),
+        (lambda: DoubleSqueeze(GROWING, worker_error=False), "compressor", "server_error"),
+        (lambda: DoubleSqueeze(server_compressor=GROWING), "server_compressor", "server_error"),
+        (lambda: DoubleSqueeze(choose={"*": GROWING}), r"choose\['\*'\]", "worker_error"),
+        (lambda: DoubleSqueeze(choose={"*": GROWING}, worker_error=False), r"choose\['\*'\]", "server_error"),
+        (lambda: DoubleSqueeze().change_compressor(GROWING), "compressor", "worker_error"),
+        (lambda: DoubleSqueeze().change_compressor(OneBit(), GROWING), "server_compressor", "server_error"),
+    ],
+)
+def test_an_error_needs_a_contraction(make, option, error):
+    with pytest.raises(ValueError, match=rf"^DoubleSqueeze: {option} must be a contraction .* Pass {error}=False, or use"):
+        make()
+
+
+def test_without_errors_no_contraction_is_needed():
+    off = {"worker_error": False, "server_error": False}
+    DoubleSqueeze(GROWING, **off)
+    DoubleSqueeze(choose={"*": GROWING}, **off)
+    DoubleSqueeze(GROWING, server_compressor=OneBit(), worker_error=False)
+    DoubleSqueeze(server_compressor=GROWING, server_error=False)
+    DoubleSqueeze(OneBit(), **off).change_compressor(GROWING)
+    DoubleSqueeze(Quantize(8, 256, "stochastic", "l2"))
+
+
 def test_momentum_needs_an_error():
     with pytest.raises(ValueError, match=r"momentum=0\.9 needs worker_error=True, got False"):
         DoubleSqueeze(TopK(), momentum=0.9, worker_error=False)

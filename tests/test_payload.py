@@ -317,8 +317,37 @@ def test_pushes_of_another_size(compressor):
             compressor.serve(layout, wrong, compressor, 0.25, FeedbackState(error.tensor), reply)
         with pytest.raises(ValueError):
             compressor.accumulate(layout, wrong, 0.25, total.tensor)
+        with pytest.raises(ValueError):
+            compressor.is_within(layout, wrong)
+        with pytest.raises(ValueError):
+            compressor.nonfinite_mask(layout, wrong)
         assert error.is_untouched() and total.is_untouched() and not reply.any()
     compressor.serve(layout, pushed, compressor, 0.25, FeedbackState(torch.zeros(layout.numel)), reply)
+
+
+@pytest.mark.parametrize("compressor", [q for q in EVERY if not isinstance(q, Int8)], ids=repr)
+def test_as_many_bytes_in_other_rows(compressor):
+    """Their total says nothing: pushes of half as many workers must not be taken for those of all."""
+    layout = pack([5, 700, 63, 1], compressor.block, 2)
+    payload = encoded(compressor, layout)
+    shard, flat = layout.shard(0), payload.view(-1)
+    error = Guarded(shard.numel)
+    for wrong in (flat, flat.view(1, -1), flat.view(4, -1), flat.view(2, 1, -1)[:, :, :-16], payload[:1], payload.T):
+        with pytest.raises(ValueError):
+            compressor.nonfinite_mask(layout, wrong)
+        with pytest.raises(ValueError):
+            compressor.encode(layout, None, FeedbackState(torch.zeros(layout.numel)), torch.zeros_like(wrong))
+    for wrong in (flat, flat.view(1, -1), flat.view(4, -1), payload.T):
+        with pytest.raises(ValueError):
+            compressor.is_within(layout, wrong)
+        for pusher in (compressor, Int8()):
+            with pytest.raises(ValueError):
+                reply = torch.zeros(compressor.chunk_nbytes(shard), dtype=torch.uint8)
+                compressor.serve(shard, wrong, pusher, 0.5, FeedbackState(error.tensor), reply)
+    for wrong in (flat, payload.clone()):  # replies of two shards
+        with pytest.raises(ValueError):
+            compressor.serve(shard, payload, compressor, 0.5, FeedbackState(error.tensor), wrong.zero_())
+    assert error.is_untouched()
 
 
 @every_top_k

@@ -7,7 +7,7 @@ import torch
 from support import generator
 from torch import nn
 
-from ds_horovod import Cast, DoubleSqueeze, OneBit, TopK, double_squeeze
+from ds_horovod import Cast, DoubleSqueeze, OneBit, Quantize, TopK, double_squeeze
 from ds_horovod.in_process import InProcessTransport, Workers
 
 SHAPES = {"embedding.weight": (100, 64), "body.weight": (80, 80), "body.bias": (80,), "head.weight": (10, 10)}
@@ -128,6 +128,11 @@ def test_momentum_needs_chosen_compressors_that_leave_elements_out(choose):
     with pytest.raises(ValueError, match=r"momentum=0\.9 needs a compressor that leaves elements out"):
         squeeze = DoubleSqueeze(TopK(), momentum=0.9, choose=choose)
         double_squeeze.bind(squeeze, "test", named(), True, InProcessTransport.group(2)[0])
+
+
+def test_errors_need_chosen_compressors_that_contract():
+    with pytest.raises(ValueError, match=r"choose\('embedding\.weight'\) must be a contraction where an error is kept"):
+        bind(lambda name, p: Quantize(2, 256, "stochastic", "l2"))
 
 
 # ---- explain

@@ -41,6 +41,10 @@ class Compressor(ABC):
     """Whether Q sends some elements and makes the others zero. Momentum correction requires it, since it clears the velocity
     of the elements that were sent."""
 
+    contracts: bool = True
+    """Whether v - Q[v] is, on average, smaller than v, so that the errors of error feedback stay bounded. Where it is not,
+    options that keep an error refuse the compressor."""
+
     @abstractmethod
     def payload_nbytes(self, numel: int) -> int:
         """Bytes that `compress` makes of `numel` values: a pure function that never decreases as `numel` grows."""
@@ -157,7 +161,14 @@ class Compressor(ABC):
                 total[piece.offset : piece.offset + piece.numel].add_(part, alpha=weight)
 
     def is_within(self, layout: Layout, chunks: Tensor, limit: float = LARGEST) -> bool:
-        """Whether all values that the chunks stand for are finite and no larger than a limit. False too if nobody knows."""
+        """Whether all values that the chunks stand for are finite and no larger than a limit. False too if nobody knows.
+
+        Raises
+        ------
+        ValueError
+            Chunks of another size than the layout's.
+        """
+        self._require_width(layout, chunks)
         known = {_BOUNDED: BOUNDED, _LARGE: LARGEST}
         return all(known.get(flag, math.inf) <= limit for flag in chunks[:, 0].tolist())
 
@@ -216,6 +227,7 @@ class Compressor(ABC):
             int32, ``(layout.numel / 32,)``: a bit for each element of the bucket, the first in the lowest bit. None:
             nowhere.
         """
+        self._require_size(layout, chunks)
         if self.is_within(layout, chunks):
             return None
         return nonfinite_mask(layout, decoded(layout, chunks, partial(self.decode, layout)))
@@ -242,6 +254,11 @@ class Compressor(ABC):
         expected = layout.shards, self.chunk_nbytes(layout)
         if chunks.shape != expected:
             raise ValueError(f"a payload of {tuple(chunks.shape)} bytes where {self!r} writes {expected}: truncated?")
+
+    def _require_width(self, layout: Layout, chunks: Tensor) -> None:
+        expected = self.chunk_nbytes(layout)
+        if chunks.dim() != 2 or chunks.shape[1] != expected:
+            raise ValueError(f"chunks of {tuple(chunks.shape)} bytes where {self!r} writes {expected} in each: truncated?")
 
     def _checked_payload(self, values: Tensor) -> Tensor:
         payload = self.compress(values.clone())

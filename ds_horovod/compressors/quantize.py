@@ -52,7 +52,10 @@ class Quantize(_Levels):
         "nearest", or "stochastic": up or down at random, which is unbiased (QSGD, Alistarh et al. 2017, arXiv 1610.02132).
         Every rank and server uses its own random numbers.
     scale
-        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD, with stochastic rounding only.
+        "absmax": the largest magnitude. "l2": the norm of the block, as in QSGD, with stochastic rounding only. It is made
+        for training without errors: rounding to multiples of so large a scale makes errors grow without bound, unless blocks
+        are smaller than ``4 * (2 ** (bits - 1) - 1) ** 2``, so other ones need ``worker_error=False`` and
+        ``server_error=False``.
     seed
         Selects the random numbers: the same seed and gradients give the same payloads.
 
@@ -77,6 +80,11 @@ class Quantize(_Levels):
         """With 2 bits, half of the range becomes zero; with more bits, nearly every element is sent."""
         return self.bits == 2
 
+    @property
+    def contracts(self) -> bool:  # type: ignore[override]
+        """Not where the scale is the norm of a block of many elements for so few levels."""
+        return _contracts(self.block, self.bits, self.scale)
+
 
 @dataclass(frozen=True)
 class Ternary(_Levels):
@@ -100,13 +108,31 @@ class Ternary(_Levels):
     def __post_init__(self) -> None:
         self._check(self.rounding, self.scale)
 
+    @property
+    def contracts(self) -> bool:  # type: ignore[override]
+        """As that of `Quantize`."""
+        return _contracts(self.block, _TERNARY_BITS, self.scale)
+
+
+def _levels(bits: int) -> int:
+    """From zero to the scale, zero not counted."""
+    return 2 ** (bits - 1) - 1 if bits else 1
+
+
+def _contracts(block: int, bits: int, scale: Scale) -> bool:
+    """Rounding at random adds (scale / levels)**2 / 4 to an element's squared error, at most.
+
+    Where the scale is the norm, that may be more, over a block, than the square of the norm. Where it is the largest
+    magnitude, no error exceeds it, and few come near.
+    """
+    return scale == "absmax" or block < 4 * _levels(bits) ** 2
+
 
 @lru_cache(maxsize=1024)
 def _format(compressor: Quantize | Ternary, layout: Layout) -> QuantizeFormat:
     bits = compressor.bits if isinstance(compressor, Quantize) else _TERNARY_BITS
     blocks = layout.shard_numel // compressor.block
     codes_at = align(4 * blocks)
-    levels = 2 ** (bits - 1) - 1 if bits else 1
     stochastic, l2 = compressor.rounding == "stochastic", compressor.scale == "l2"
-    format = QuantizeFormat(compressor.block, bits, levels, stochastic, l2, codes_at, 0, compressor.seed)
+    format = QuantizeFormat(compressor.block, bits, _levels(bits), stochastic, l2, codes_at, 0, compressor.seed)
     return format._replace(nbytes=align(codes_at + blocks * format.block_nbytes))

@@ -89,7 +89,15 @@ def _native(state: FeedbackState, error: Tensor | None, numel: int) -> _cpu.Feed
     )  # fmt: skip
 
 
-def _bytes(payload: Tensor) -> tuple[int, int]:
+def _bytes(payload: Tensor, nbytes: int, chunks: int | None = None) -> tuple[int, int]:
+    """Where some chunks are, and how many bytes they take; one chunk may come without a row of its own.
+
+    Their total alone would not do: half as many chunks of twice the width would count as other workers.
+    """
+    rows, width = payload.shape if payload.dim() == 2 else (1, payload.numel())
+    if width != nbytes or chunks not in (None, rows):
+        expected = f"({'any' if chunks is None else chunks}, {nbytes})"
+        raise ValueError(f"a payload of {tuple(payload.shape)} bytes, expected {expected}: truncated?")
     if payload.dtype != torch.uint8 or not payload.is_contiguous():
         raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
     return payload.data_ptr(), payload.numel()
@@ -109,7 +117,8 @@ class _Family:
     ) -> None:
         encoded = state.error if state.total is None else state.total
         self._native(format).encode(
-            _layout(layout), *_tensors(layout, gradients), _native(state, encoded, layout.numel), *_bytes(chunks),
+            _layout(layout), *_tensors(layout, gradients), _native(state, encoded, layout.numel),
+            *_bytes(chunks, format.nbytes, layout.shards),
             _threads(layout),
         )  # fmt: skip
         if state.total is not None and state.error is not None:
@@ -117,25 +126,28 @@ class _Family:
             fallback.replace_where_finite(layout, replied, state.total, state.error)
 
     def decode(self, format: Any, layout: Layout, chunks: Tensor, gradients: Sequence[Tensor]) -> None:
-        self._native(format).decode(_layout(layout), *_tensors(layout, gradients), *_bytes(chunks), _threads(layout))
+        payload = _bytes(chunks, format.nbytes, layout.shards)
+        self._native(format).decode(_layout(layout), *_tensors(layout, gradients), *payload, _threads(layout))
 
     def accumulate(self, format: Any, layout: Layout, pushed: Tensor, weight: float, total: Tensor) -> None:
         to, threads = _flat(total, layout.numel), _threads(layout)
+        _bytes(pushed, format.nbytes)
         for chunk in pushed if pushed.dim() == 2 else (pushed,):
-            self._native(format).accumulate(_layout(layout), *_bytes(chunk), weight, to, threads)
+            self._native(format).accumulate(_layout(layout), *_bytes(chunk, format.nbytes), weight, to, threads)
 
     def is_within(self, format: Any, layout: Layout, chunks: Tensor, limit: float) -> bool:
-        return bool(self._native(format).is_within(_layout(layout), *_bytes(chunks), len(chunks), limit))
+        return bool(self._native(format).is_within(_layout(layout), *_bytes(chunks, format.nbytes), len(chunks), limit))
 
     def serve(self, format: Any, layout: Layout, pushed: Tensor, weight: float, state: FeedbackState, chunk: Tensor) -> bool:
         return bool(
             self._native(format).serve(
-                _layout(layout), *_bytes(pushed), len(pushed), weight, _native(state, state.error, layout.numel),
-                *_bytes(chunk), _threads(layout),
+                _layout(layout), *_bytes(pushed, format.nbytes), len(pushed), weight,
+                _native(state, state.error, layout.numel), *_bytes(chunk, format.nbytes, 1), _threads(layout),
             )
         )  # fmt: skip
 
     def nonfinite_mask(self, format: Any, layout: Layout, chunks: Tensor) -> Tensor | None:
+        _bytes(chunks, format.nbytes, layout.shards)
         if self.is_within(format, layout, chunks, LARGEST):
             return None
         return fallback.nonfinite_mask(layout, fallback.decoded(layout, chunks, partial(self.decode, format, layout)))

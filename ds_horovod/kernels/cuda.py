@@ -206,8 +206,9 @@ class _Call:
         self._require_here(payload)
         if payload.dtype != torch.uint8 or not payload.is_contiguous():
             raise ValueError(f"expected a contiguous uint8 payload, got {payload.dtype} with strides {payload.stride()}")
-        if payload.numel() != chunks * self.nbytes:
-            raise ValueError(f"a payload of {payload.numel()} bytes, expected {chunks} chunks of {self.nbytes}: truncated?")
+        rows, width = payload.shape if payload.dim() == 2 else (1, payload.numel())
+        if (rows, width) != (chunks, self.nbytes):  # as many bytes in other rows would count as other workers
+            raise ValueError(f"a payload of {tuple(payload.shape)} bytes, expected ({chunks}, {self.nbytes}): truncated?")
         return np.uint64(self._aligned(payload, 16))
 
     def pushed(self, pushed: Tensor, weight: float) -> tuple[Any, Any, Any]:

@@ -114,6 +114,10 @@ class DoubleSqueeze:
     def __repr__(self) -> str:
         return repr(self.options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: an instance for another model, of the same options, which holds nothing."""
+        return {"_options": self.options, "_reducer": None, "_loaded": None, "_root_rank": None}
+
     @property
     def options(self) -> Options:
         """The arguments, as they were given or by default, with the compressors of now."""
@@ -330,6 +334,7 @@ def bind(
     transport: GroupTransport[Any],
     groups: Sequence[Sequence[str]] = (),
     gradient_of: GradientOf = attrgetter("grad"),
+    may_freeze: bool = True,
 ) -> Reducer:
     """Ties an instance to the parameters of one optimizer; the arguments are those of `Reducer`.
 
@@ -340,7 +345,7 @@ def bind(
     """
     if squeeze._reducer is not None:
         raise ValueError("DoubleSqueeze: this instance is in use already; make one for each optimizer")
-    reducer = Reducer(squeeze.options, name, parameters, average, transport, groups, gradient_of)
+    reducer = Reducer(squeeze.options, name, parameters, average, transport, groups, gradient_of, may_freeze)
     if squeeze._loaded is not None:
         load(reducer, squeeze._loaded)
     if squeeze._root_rank is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from .checksum import checksums
 from .compressors import Compressor
 from .options import Options
 from .residual import Residual
-from .scaling import active_scaler
+from .scaling import active_scaler, in_backward
 from .selection import Selection
 from .session import GradientOf, Session
 from .uncompressed import Velocities, clip
@@ -76,6 +76,8 @@ class Reducer:
         Names of parameters that travel together.
     gradient_of
         Where the gradient of a parameter is to be found.
+    may_freeze
+        Whether ``requires_grad`` says what is trained. False: all parameters are, and the caller knows what moves.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class Reducer:
         transport: GroupTransport[Any],
         groups: Sequence[Sequence[str]] = (),
         gradient_of: GradientOf = attrgetter("grad"),
+        may_freeze: bool = True,
     ) -> None:
         self._gradient_of = gradient_of
         self.selection = Selection(options, tuple(map(tuple, groups)))
@@ -101,7 +104,8 @@ class Reducer:
                 raise ValueError(f"DoubleSqueeze: parameter {label} is {p.dtype}; only floating-point ones can be trained")
             if p.requires_grad and p.device.type not in ("cpu", "cuda"):
                 raise ValueError(f"DoubleSqueeze: parameter {label} is on {p.device}; only cpu and cuda are supported")
-        self.parameters = [(label, p) for label, p in parameters if p.requires_grad]
+        self.parameters = [(label, p) for label, p in parameters if p.requires_grad or not may_freeze]
+        self._may_freeze = may_freeze
         self.units = Units(options.grad_scaler, options.lr_aware)
         self.velocities = Velocities(options.momentum)
         self._all_parameters = list(parameters)
@@ -120,7 +124,7 @@ class Reducer:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
                 self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare,
-                self._gradient_of,
+                self._gradient_of, self._may_freeze,
             )  # fmt: skip
         else:
             self._name_alone = transport.unique_name(self._name)
@@ -169,18 +173,23 @@ class Reducer:
 
     # ---- every step
 
-    def begin_step(self, rates: Mapping[str, float]) -> None:
-        """A step begins, in backward: errors follow the loss scale and, with `lr_aware`, the learning rate.
+    def begin_step(self, rates: Mapping[str, float], scale_everywhere: Callable[[float], float] = lambda own: own) -> None:
+        """A step begins: errors follow the loss scale and, with `lr_aware`, the learning rate.
 
         Parameters
         ----------
         rates
             The learning rate of each parameter, by name.
+        scale_everywhere
+            Makes of this rank's loss scale, 0 where no backward runs, that of all ranks.
         """
-        self.units.grad_scaler = active_scaler() or self.units.grad_scaler
+        units, own = self.units, 0.0
+        if in_backward():  # otherwise this rank has no loss in this step, and all stays as it was
+            units.grad_scaler = active_scaler() or units.given
+            own = 1.0 if units.grad_scaler is None else float(units.grad_scaler.get_scale())
         if self.loaded is None:
             self._loaded = None  # its errors need not stay in memory
-        change = self.units.begin_step(rates)
+        change = units.begin_step(rates, scale_everywhere(own) or None)
         if change is None:
             return
         if self.session is not None:
@@ -210,7 +219,7 @@ class Reducer:
                 f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
                 f"{units.scale:g}, and gradients of this step have been added to them. Scale the loss with scaler.scale(loss)"
             )
-        units.grad_scaler = scaler
+        units.adopt(scaler)
         if not exchanged:
             self.begin_step({})
             return

@@ -43,6 +43,8 @@ class Session(Buckets[Handle]):
         then, of one that the ranks agree on, since they may have made unequal numbers of optimizers.
     gradient_of
         Where the gradient of a parameter is to be found.
+    may_freeze
+        Whether ``requires_grad`` says what must not move; otherwise the caller does, by `put_back`.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Session(Buckets[Handle]):
         units: Units | None = None,
         more_to_compare: Callable[[], Mapping[str, Any]] | None = None,
         gradient_of: GradientOf = attrgetter("grad"),
+        may_freeze: bool = True,
     ) -> None:
         self.gradient_of = gradient_of
+        self._may_freeze = may_freeze
         self.units = Units() if units is None else units
         self.admitted = 0
         """Gradients so far, compressed or not."""
@@ -120,7 +124,8 @@ class Session(Buckets[Handle]):
         self._step.admitted.append(p)
         self.admitted += 1
         if self.covers(p):
-            self.frozen.update(p, self.bucket_of[p])
+            if self._may_freeze:
+                self.frozen.update(p, self.bucket_of[p])
             return True
         if gradient.is_sparse:
             gradient = gradient._values()
@@ -130,7 +135,7 @@ class Session(Buckets[Handle]):
     def _begin_step(self) -> Step[Handle]:
         """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before."""
         self.complete, self._taking_part = True, None
-        self._frozen_everywhere = {p for p in self.bucket_of if not p.requires_grad}
+        self._frozen_everywhere = {p for p in self.bucket_of if self._may_freeze and not p.requires_grad}
         if self.started:
             own = torch.tensor([1.0, *(float(not p.requires_grad) for p in self.bucket_of)], dtype=torch.float32)
             self._taking_part = self.transport.begin_sum(own, self.name + ".ranks")
@@ -331,7 +336,7 @@ class Session(Buckets[Handle]):
         for bucket in self.buckets:
             rates = [change.rates.get(name, 1.0) for name in bucket.names]
             rescale(bucket, change.scale, rates, self.units.scale)
-        if self._step is not None and not self._step.flushed:
+        if self._may_freeze and self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self.frozen.update(p, self.bucket_of[p])
 

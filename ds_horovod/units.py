@@ -48,6 +48,10 @@ class Units:
 
     def __init__(self, grad_scaler: Any = None, lr_aware: bool = False) -> None:
         self.grad_scaler = grad_scaler
+        self.given = grad_scaler
+        """The scaler of losses that none has been seen to scale: the user's, or one that has touched the optimizer."""
+        self.skips_elsewhere = False
+        """Whether other ranks have a scaler."""
         self.lr_aware = lr_aware
         self.scale = 1.0
         """The loss scale of what is kept."""
@@ -56,25 +60,31 @@ class Units:
     @property
     def may_skip(self) -> bool:
         """Whether a scaler skips the steps in which a gradient is not finite."""
-        return self.grad_scaler is not None and getattr(self.grad_scaler, "is_enabled", lambda: True)()
+        own = self.grad_scaler is not None and getattr(self.grad_scaler, "is_enabled", lambda: True)()
+        return own or self.skips_elsewhere
 
-    def begin_step(self, rates: Mapping[str, float]) -> Change | None:
+    def adopt(self, scaler: Any) -> None:
+        """From now on this scaler scales the loss, if no other one is seen to."""
+        self.grad_scaler = self.given = scaler
+
+    def begin_step(self, rates: Mapping[str, float], scale: float | None = None) -> Change | None:
         """Reads the loss scale, at the beginning of a step.
 
         Parameters
         ----------
         rates
             The learning rate of each parameter, by name. One that is not positive and finite leaves the last.
+        scale
+            The loss scale. None: as the scaler says, and as it was where there is none.
 
         Returns
         -------
         Change or None
             None where nothing has changed.
         """
-        scale = self.scale
-        if self.grad_scaler is not None:
-            now = float(self.grad_scaler.get_scale())
-            scale = now if 0 < now < math.inf else self.scale
+        if scale is None:
+            scale = self.scale if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        scale = scale if 0 < scale < math.inf else self.scale
         of_scale = scale / self.scale
         self.scale = scale
         before = self._rates

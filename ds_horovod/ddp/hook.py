@@ -3,7 +3,7 @@
 # Annotations are evaluated here: torch compares those of a hook with types.
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,30 +109,59 @@ def register(
         raise TypeError(f"DoubleSqueeze: state must be a DoubleSqueeze or a compressor, got {state!r}")
     if state.options.lr_aware and optimizer is None:
         raise ValueError("DoubleSqueeze: lr_aware=True needs the optimizer: register(model, state, optimizer=optimizer)")
-    ignored = set(getattr(model, "parameters_to_ignore", ()))
-    named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+    if model._comm_hooks:
+        raise RuntimeError("DoubleSqueeze: the model has a communication hook already, and register_comm_hook takes but one")
+    exchanged = _exchanged(model)
+    named = [(name, p) for name, p in model.module.named_parameters() if p in exchanged]
+    if (
+        state.options.lr_aware
+        and optimizer is not None
+        and not exchanged.intersection(p for group in optimizer.param_groups for p in group["params"])
+    ):
+        raise ValueError("DoubleSqueeze: lr_aware=True needs the optimizer of the model, got one that trains none of it")
     steps = _Steps(state, model, optimizer)
     steps.bind(named, model.process_group)
     if state.options.momentum and optimizer is not None:
         warn_of_two_momenta(state.options.momentum, optimizer.param_groups, stacklevel=2)
     model.register_comm_hook(state, double_squeeze_hook)
-    model.register_forward_pre_hook(_require_unchanged({name: (p, p.dtype, p.device) for name, p in named}))
+    model.register_forward_pre_hook(_RequireUnchanged({name: (p.dtype, p.device) for name, p in named}))
     _steps[state] = steps
     return state
 
 
-def _require_unchanged(parameters: Mapping[str, tuple[Tensor, torch.dtype, torch.device]]) -> Callable[..., None]:
-    """A hook that finds parameters which were moved or cast: torch would go on, and never call the communication hook again."""
+def _exchanged(model: DistributedDataParallel) -> set[Tensor]:
+    """The parameters that torch exchanges: those that were trained when it wrapped the model, whatever is frozen now."""
+    try:
+        return {p for bucket in model.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
+    except RuntimeError:  # some have sparse gradients, of which torch makes no such buckets
+        ignored = set(getattr(model, "parameters_to_ignore", ()))
+        return {p for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored}
 
-    def check(*ignored: Any) -> None:
-        for name, (p, dtype, device) in parameters.items():
+
+class _RequireUnchanged:
+    """A hook that finds parameters which were moved or cast: torch would go on, and never call the communication hook again.
+
+    Parameters
+    ----------
+    expected
+        Dtype and device of each parameter, by name.
+    """
+
+    def __init__(self, expected: Mapping[str, tuple[torch.dtype, torch.device]]) -> None:
+        self._expected = expected
+
+    def __reduce__(self) -> Any:
+        """A copy of the model has no communication hook, and may be anywhere."""
+        return _RequireUnchanged, ({},)
+
+    def __call__(self, model: DistributedDataParallel, *ignored: Any) -> None:
+        for name, p in model.module.named_parameters() if self._expected else ():
+            dtype, device = self._expected.get(name, (p.dtype, p.device))
             if p.dtype != dtype or p.device != device:
                 raise RuntimeError(
                     f"DoubleSqueeze: parameter {name} was {dtype} on {device}, and is {p.dtype} on {p.device} now; move and "
                     "cast a model before making the DistributedDataParallel"
                 )
-
-    return check
 
 
 class _Taken(NamedTuple):
@@ -165,6 +194,7 @@ class _Steps:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._state = weakref.ref(state)
+        self._model = None if model is None else weakref.ref(model)
         # torch gives the optimizer no gradient of a parameter that no rank has used, and the hook is not told which those are.
         self._skips_unused = model is None or model.find_unused_parameters or model.static_graph
         self._optimizer = optimizer
@@ -179,16 +209,28 @@ class _Steps:
         state = self._state()
         assert state is not None
         self._transport = ProcessGroupTransport(state.options.server, group)
-        self._reducer = bind(state, "doublesqueeze", named, True, self._transport, gradient_of=self._gradients.get)
+        self._reducer = bind(state, "doublesqueeze", named, True, self._transport, (), self._gradients.get, may_freeze=False)
         self._names = {p: name for name, p in named}
 
     def take(self, bucket: GradBucket) -> Future[Tensor]:
-        """Takes over the gradients of a bucket. Returns a future of its buffer, which is done after the last one."""
-        if bucket.index() == 0:
-            self._forget()
+        """Takes over the gradients of a bucket. Returns a future of its buffer, which is done after the last one.
+
+        In the first step of a static graph torch says of every bucket that it is the first and not the last. So the last one is
+        that with which all parameters are there.
+        """
         buffer = bucket.buffer()
         parameters = list(bucket.parameters())
-        gradients = [buffer] if buffer.is_sparse else list(bucket.gradients())
+        if bucket.index() == 0 and self._taken and self._reducer is None:
+            self._forget()
+            raise ValueError(
+                "DoubleSqueeze: the first step began twice: with static_graph=True and several dtypes, or a sparse embedding, "
+                "call ds_horovod.ddp.register(model, ...) in place of register_comm_hook"
+            )
+        if parameters[0] in self._gradients:  # the last step has failed
+            self._forget()
+        gradients = (
+            [buffer] if buffer.is_sparse else [_in_place(g, p) for g, p in zip(bucket.gradients(), parameters, strict=True)]
+        )
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         self._taken.append(_Taken(buffer, parameters, gradients, future))
         if self._reducer is None and bucket.is_last():
@@ -196,7 +238,7 @@ class _Steps:
         if self._reducer is not None:
             for taken in [t for t in self._taken if t.parameters[0] not in self._gradients]:
                 self._hand_over(taken)
-            if bucket.is_last():
+            if len(self._gradients) == len(self._names):
                 self._finish()
         return future
 
@@ -234,7 +276,22 @@ class _Steps:
         if self._optimizer is not None and reducer.options.lr_aware:
             groups = self._optimizer.param_groups
             rates = {self._names[p]: float(g["lr"]) for g in groups for p in g["params"] if p in self._names}
-        reducer.begin_step(rates)
+        reducer.begin_step(rates, self._scale_everywhere if reducer.session is not None else lambda own: own)
+
+    def _scale_everywhere(self, own: float) -> float:
+        """Of the loss. A rank that has ended a `Join` has none, and its scaler is not updated: it takes that of the others."""
+        assert self._reducer is not None
+        units, model = self._reducer.units, None if self._model is None else self._model()
+        if model is None or not model._join_config.enable:
+            if own == 0.0 and units.may_skip:
+                raise RuntimeError(
+                    "DoubleSqueeze: a GradScaler under torch's Join needs ds_horovod.ddp.register(model, ...) in place of "
+                    "register_comm_hook"
+                )
+            return own
+        scale, skips = self._transport.largest([own, float(own != 0.0 and units.may_skip)])
+        units.skips_elsewhere = bool(skips)
+        return scale
 
     def _finish(self) -> None:
         """All gradients of the step are there."""
@@ -267,9 +324,26 @@ class _Steps:
         self._zero.clear()
 
 
+def _in_place(gradient: Tensor, p: Tensor) -> Tensor:
+    """A gradient as its parameter has it: torch lays it out so in the bucket, and says nothing of that.
+
+    Parameters
+    ----------
+    gradient
+        A contiguous view of the bucket, of the parameter's shape.
+    """
+    strides = sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1)
+    numel = 1
+    for stride, size in strides:
+        if stride != numel:
+            return gradient  # it overlaps, or has gaps
+        numel *= size
+    return gradient.as_strided(p.shape, p.stride(), gradient.storage_offset())
+
+
 def _is_zero(gradient: Tensor) -> Tensor:
     """Whether all elements are: 1 or 0, of no dimension. On a CPU, where reading all costs time, a few often tell."""
-    if gradient.is_cpu and bool(gradient.as_strided((min(_PROBED, gradient.numel()),), (1,)).any()):
+    if gradient.is_cpu and bool(gradient.as_strided((min(_PROBED, gradient.numel()),), (1,), gradient.storage_offset()).any()):
         return gradient.new_zeros((), dtype=torch.float32)
     return (~gradient.any()).float()
 
@@ -299,7 +373,7 @@ class _Uncompressed:
         self._under_way: list[tuple[Sent, list[Tensor]]] = []
         for (dtype, _), parts in together.items():
             flat = torch.cat([part.detach().reshape(-1) for part in parts])
-            wide = flat.float() if dtype == torch.bfloat16 else flat
+            wide = flat.float() if dtype in (torch.bfloat16, torch.float16) else flat
             self._under_way.append((transport.begin_total(wide), parts))
         for gradient in gradients:
             if gradient.is_sparse:

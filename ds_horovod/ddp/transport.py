@@ -69,7 +69,7 @@ class ProcessGroupTransport:
         backend = str(dist.get_backend(parent))
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")  # of what is not on any
         if self.size > 1:
-            self._pushes, self._pulls = (_like(parent, ranks, backend) for _ in range(2))
+            self._pushes, self._pulls = _groups_like(parent, ranks, backend)
 
     def push(self, payload: Tensor, name: str) -> Sent:
         if self.server is None:
@@ -130,6 +130,12 @@ class ProcessGroupTransport:
         """Begins to put the sum of all ranks' tensors, dense or sparse, in their place; at the same point on all ranks."""
         return Sent(dist.all_reduce(tensor, group=self._pushes, async_op=True), tensor, None)
 
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Of all ranks, one by one; at the same point on all ranks. Blocks."""
+        own = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._pushes)
+        return own.tolist()
+
     def begin_sum(self, tensor: Tensor, name: str) -> None:
         """Nothing: DistributedDataParallel calls its hook on all ranks, for all parameters alike."""
 
@@ -138,8 +144,20 @@ class ProcessGroupTransport:
         return prefix
 
 
+def _groups_like(parent: dist.ProcessGroup, ranks: Sequence[int], backend: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Two groups of the same ranks, for pushes and pulls. All models of a process group share them: torch frees none."""
+    for gone in [group for group in _groups if dist.distributed_c10d._world.pg_map.get(group) is None]:
+        del _groups[gone]  # torch.distributed has been ended since
+    if parent not in _groups:
+        _groups[parent] = _like(parent, ranks, backend), _like(parent, ranks, backend)
+    return _groups[parent]
+
+
+_groups: dict[dist.ProcessGroup, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
 def _like(parent: dist.ProcessGroup, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:
-    """Another group of the same ranks, which alone make it."""
+    """One group of the same ranks, which alone make it."""
     try:
         timeout = parent._get_backend(torch.device("cuda" if backend == "nccl" else "cpu")).options._timeout
     except (AttributeError, RuntimeError):

@@ -52,6 +52,6 @@ def _synchronize(scaler: Any, optimizer: Any, reducer: Reducer) -> None:
         if optimizer._double_squeeze_open or are_averaged(optimizer):
             reducer.adopt_scaler(scaler, exchanged=not optimizer._double_squeeze_open)
         else:  # without backward on this rank, the step begins in synchronize
-            reducer.units.grad_scaler = scaler
+            reducer.units.adopt(scaler)
     if optimizer._should_synchronize:
         optimizer.synchronize()

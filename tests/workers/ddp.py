@@ -4,7 +4,9 @@ As checking.py, without Horovod.
 """
 
 import copy
+import io
 import os
+import pickle
 import sys
 import warnings
 from contextlib import nullcontext
@@ -235,6 +237,200 @@ def _errors(squeeze):
 
 
 @check
+def training_goes_on_without_a_scaler():
+    """Residuals are in units of its scale, and gradients are not any more; in the same run, and in another one."""
+    model, squeeze = make(small(OneBit(64)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    resumed, other = make(small(OneBit(64)))
+    total = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    for step in range(5):
+        again = step == 4
+        model.zero_grad()
+        if step == 2:
+            other.load_state_dict(squeeze.full_state_dict())
+        loss = (resumed if again else model)(gradients(step))
+        (scaler.scale(loss) if step < 2 else loss).backward()
+        scale = 2.0**10 if step < 2 else 1.0
+        for name, average in mean(step).items():
+            if not again:
+                total[name] += average - grads(model)[name].double() / scale
+            else:
+                assert grads(resumed)[name].norm() < 4 * SHAPES[name][0] ** 0.5 * SHAPES[name][-1] ** 0.5, name
+        if step == 3:
+            state = squeeze.full_state_dict()
+            assert state["units"]["scale"] == 1.0
+            for name, error in state["errors"].items():
+                assert (total[name] - error.double()).abs().max() < 1e-4, name
+
+
+@check
+def ranks_that_have_ended_a_join_follow_the_scale_of_the_others():
+    for first in (2, 0):
+        model, squeeze = make(small(OneBit(64)))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = {name: p.detach().clone().double() for name, p in model.module.named_parameters()}
+        batches = first + 5 * dist.get_rank()
+        with Join([model]):
+            for step in range(batches):
+                optimizer.zero_grad()
+                scaler.scale(model(gradients(step))).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        state, size = squeeze.full_state_dict(), dist.get_world_size()
+        for name, error in state["errors"].items():
+            p = dict(model.module.named_parameters())[name]
+            given = [gradients(step, rank)[name].double() for rank in range(size) for step in range(first + 5 * rank)]
+            missing = sum(given) / size - (before[name] - p.detach().double()) - error.double() / state["units"]["scale"]
+            assert missing.abs().max() < 1e-3, (first, name, missing.abs().max())
+
+
+@check
+def static_graphs_of_several_dtypes():
+    """In the first step torch says of each bucket that it is the first, and of none that it is the last."""
+
+    class Mixed(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Embedding(50, 32, sparse=True) if sparse else nn.Linear(50, 32).bfloat16()
+            self.second = nn.Linear(32, 7)
+
+        def forward(self, x):
+            return self.second(self.first(x).float())
+
+    for sparse in (False, True):
+        x = torch.randint(50, (8,)) if sparse else torch.randn(8, 50).bfloat16()
+        model, squeeze = make(small(NoCompression()), Mixed(sparse), static_graph=True)
+        for _ in range(3):
+            model.zero_grad()
+            model(x).sum().backward()
+            assert_identical(p.grad.to_dense() for p in model.parameters())
+        assert squeeze.stats()["steps"] == 3
+        model, _ = make(small(NoCompression()), Mixed(sparse), plain=True, static_graph=True)
+        with raises(ValueError, "static_graph=True", "ds_horovod.ddp.register"):
+            model(x).sum().backward()
+
+
+@check
+def parameters_that_are_not_contiguous():
+    """Errors have the shape of the parameter, whatever its memory looks like."""
+
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.convolution = nn.Parameter(torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last))
+            self.transposed = nn.Parameter(torch.randn(40, 30).t())
+
+        def forward(self, given):
+            return sum((p * gradient).sum() for p, gradient in zip(self.parameters(), given, strict=True))
+
+    def given(step, rank):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        return [torch.randn(shape, generator=generator) for shape in ((16, 8, 3, 3), (30, 40))]
+
+    size = dist.get_world_size()
+    for ways in WAYS.values():
+        model, squeeze = make(small(OneBit(64)), Images(), **ways)
+        total = {name: torch.zeros(p.shape).double() for name, p in model.module.named_parameters()}
+        for step in range(3):
+            model.zero_grad()
+            model(given(step, dist.get_rank())).backward()
+            for i, (name, gradient) in enumerate(grads(model).items()):
+                total[name] += sum(given(step, rank)[i].double() for rank in range(size)) / size - gradient.double()
+        for name, error in squeeze.full_state_dict()["errors"].items():
+            assert (total[name] - error.double()).abs().max() < 1e-4, (ways, name)
+
+
+@check
+def parameters_that_are_frozen_on_some_ranks_or_early():
+    """As torch has it: what any rank trains moves alike on all, and what none trains does not move."""
+    for plain in (False, True):
+        for frozen_on in ([0], list(range(dist.get_world_size()))):
+            model = DistributedDataParallel(Given(), find_unused_parameters=True, bucket_cap_mb=0.005)
+            squeeze = small(OneBit(64))
+            model.module.e.requires_grad_(False)  # after it was wrapped, and before the hook is there
+            if plain:
+                model.register_comm_hook(squeeze, double_squeeze_hook)
+            else:
+                register(model, squeeze)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            before = {name: p.detach().clone().double() for name, p in model.module.named_parameters()}
+            total = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+            for step in range(5):
+                freezes = step in (1, 2)
+                if dist.get_rank() in frozen_on:
+                    model.module.c.requires_grad_(not freezes)
+                was = model.module.c.detach().clone()
+                optimizer.zero_grad()
+                model(gradients(step)).backward()
+                optimizer.step()
+                assert_identical(model.parameters())
+                assert len(frozen_on) == 1 or not freezes or torch.equal(was, model.module.c), step
+                for name in total:
+                    ranks = [
+                        r
+                        for r in range(dist.get_world_size())
+                        if name != "e" and not (name == "c" and freezes and r in frozen_on)
+                    ]
+                    total[name] += (
+                        sum((gradients(step, r)[name].double() for r in ranks), torch.zeros(())) / dist.get_world_size()
+                    )
+            errors = squeeze.full_state_dict()["errors"]
+            for i, (name, p) in enumerate(model.module.named_parameters()):
+                error = errors.get(f"parameter {i}" if plain else name, torch.zeros(()))
+                missing = total[name] - (before[name] - p.detach().double()) - error.double()
+                assert missing.abs().max() < 1e-4, (plain, frozen_on, name)
+
+
+@check
+def many_models_one_after_the_other():
+    """torch frees no process groups, so they share them."""
+
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    for i in range(8):
+        model, _ = make()
+        model(gradients(0)).backward()
+        if i == 0:
+            before = open_files()
+    assert open_files() <= before + 4, (before, open_files())
+
+
+@check
+def copies_of_a_model():
+    model, squeeze = make()
+    model(gradients(0)).backward()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    average(gradients(1))
+    for twin in (copy.deepcopy(squeeze), pickle.loads(pickle.dumps(squeeze))):
+        assert repr(twin) == repr(squeeze) and twin.stats() == {}
+    file = io.BytesIO()
+    torch.save(model, file)
+    again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    again.module.double()
+    again(gradients(1))
+
+
+@check
+def what_is_not_compressed_does_not_overflow_in_half_precision():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.zeros(64, 64).half()), nn.Parameter(torch.zeros(8).half())
+
+        def forward(self):
+            return (self.weight.float() * 40000).sum() + (self.bias.float() * 40000).sum()
+
+    model, _ = make(small(NoCompression()), Half())
+    model().backward()
+    assert torch.equal(model.module.bias.grad, torch.full((8,), 40000.0).half()), model.module.bias.grad
+
+
+@check
 def a_scaler_is_forgotten_with_its_backward():
     """Whether it ends or fails."""
     model, squeeze = make(small(OneBit(64)))
@@ -377,6 +573,10 @@ def what_cannot_be_is_refused():
         register(Given())
     with raises(TypeError, "state must be a DoubleSqueeze or a compressor, got 3"):
         register(model, 3)
+    with raises(RuntimeError, "has a communication hook already"):
+        register(model, small())
+    with raises(ValueError, "lr_aware=True needs the optimizer of the model"):
+        make(small(lr_aware=True), optimizer=torch.optim.SGD(Given().parameters(), lr=0.1))
     with raises(RuntimeError, "register_comm_hook"):
         model.register_comm_hook(squeeze, double_squeeze_hook)
     with raises(ValueError, "lr_aware=True needs the optimizer"):

@@ -228,6 +228,24 @@ def residuals(optimizer):
 
 
 @check
+def training_goes_on_without_a_scaler():
+    """Residuals are in units of its scale, and gradients are not any more."""
+    results = []
+    for scaled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        model = small_model()
+        optimizer = distributed(model, squeeze(TopK(0.1, values="sign")))
+        for step in range(6):
+            if step < 3:
+                tutorial_step(model, optimizer, scaler, step)
+            else:
+                train_step(model, optimizer, step)
+        assert optimizer.double_squeeze.full_state_dict()["units"]["scale"] == 1.0
+        results.append(flat(model.parameters()))
+    assert torch.equal(*results)
+
+
+@check
 def a_scaler_that_comes_late_is_followed():
     """What is held of gradients that were not scaled is scaled when the scaler begins."""
     results = []

@@ -8,6 +8,7 @@ onebit-allgather      one pass instead of two: all ranks send their payloads to 
 topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousandth; topk is topk-1%
 sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")) and momentum correction
 quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
+late-quantize-B       the same with staleness=1; late-onebit, late-sign-P% and late-topk-P% likewise
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
 ddp-onebit and so on  DDP with DoubleSqueeze as its hook: ddp-quantize-B, ddp-sign-P%, ddp-topk-P% too
@@ -22,7 +23,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import horovod.torch as hvd
@@ -46,6 +47,10 @@ NAMES = (
     "topk-P%",
     "sign-P%",
     "quantize-B",
+    "late-onebit",
+    "late-topk-P%",
+    "late-sign-P%",
+    "late-quantize-B",
     "ddp",
     "ddp-fp16",
     "ddp-powersgd-R",
@@ -90,8 +95,8 @@ _NUMBERED = {"topk-": ("%", 0, 100), "sign-": ("%", 0, 100), "quantize-": ("", 1
 
 
 def _squeezed(method: str) -> str:
-    """The method of Horovod that one of DDP has in its hook; empty where it has none."""
-    name = method.removeprefix("ddp-")
+    """The method that one of DDP has in its hook, or that comes late; empty where there is none."""
+    name = method.removeprefix("ddp-").removeprefix("late-")
     return name if name != method and (name == "onebit" or name.startswith(("topk-", "sign-", "quantize-"))) else ""
 
 
@@ -159,6 +164,9 @@ def _bytes_sent(squeeze: DoubleSqueeze) -> float:
 
 
 def _compression(method: str) -> Any:
+    if method.startswith("late-"):
+        options = _compression(_squeezed(method)).options
+        return DoubleSqueeze(**{**{f.name: getattr(options, f.name) for f in fields(options)}, "staleness": 1})
     number = _number(method)
     if number is not None:
         if method.startswith("quantize-"):

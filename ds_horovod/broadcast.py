@@ -11,7 +11,7 @@ from .agreement import require_agreement
 from .checkpoint import full_state_of_one, load, require_fits
 from .reducer import Reducer
 
-_KINDS = ("errors", "velocities")
+_KINDS = ("errors", "velocities", "late")
 
 
 def broadcast(reducer: Reducer, root_rank: Any) -> None:

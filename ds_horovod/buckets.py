@@ -14,6 +14,7 @@ from .options import Options
 from .residual import Frozen, Residual
 from .selection import Plan, Selection
 from .step import Bucket
+from .units import LARGEST
 
 
 class GroupTransport(Transport[Handle], Protocol[Handle]):
@@ -131,12 +132,19 @@ class Buckets(Generic[Handle]):
         result: dict[str, Residual] = {}
         for bucket in self.buckets:
             error, velocity = residual.export_residual(bucket.exchange)
+            in_flight = self.residual_in_flight(bucket)
+            if in_flight is not None:
+                error = (error + in_flight).clamp_(-LARGEST, LARGEST)
             if of_all:
                 name = bucket.exchange.name
                 error = self.transport.sum(error, name + ".residual")
                 velocity = velocity if velocity is None else self.transport.sum(velocity, name + ".velocity")
             result |= residual.by_parameter(bucket, error, velocity)
         return result
+
+    def residual_in_flight(self, bucket: Bucket[Handle]) -> Tensor | None:
+        """What `export_residual` has to add to what a bucket holds."""
+        return None
 
     def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
         """Takes over residuals of these parameters from other buckets or ranks. What is not there is zero."""

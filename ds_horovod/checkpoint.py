@@ -18,7 +18,7 @@ from .selection import Selection
 from .session import Session
 from .step import Bucket
 from .uncompressed import Velocities
-from .units import Units
+from .units import LARGEST, Units
 
 FORMAT = 4
 _ARRAYS = ("worker_error", "server_error", "velocity")
@@ -45,6 +45,9 @@ class Holder(Protocol):
     def residuals(self, of_all: bool = False) -> dict[str, Residual]:
         """Those of this rank, or of all ranks together, by name."""
 
+    def late(self) -> dict[str, Tensor]:
+        """What waits of parameters that no exchange takes, by name."""
+
 
 def rank_state(options: Options, holder: Holder | None) -> dict[str, Any]:
     """The value of `DoubleSqueeze.state_dict`; without a holder that of an instance that is not in use yet."""
@@ -58,8 +61,11 @@ def rank_state(options: Options, holder: Holder | None) -> dict[str, Any]:
         "rank": rank,
         "server": options.server,
         "sparse": sorted(name for session in sessions for name in session.sparse),
-        "buckets": [_save_bucket(bucket) for session in sessions for bucket in session.buckets],
+        "buckets": [
+            _save_bucket(bucket, session.residual_in_flight(bucket)) for session in sessions for bucket in session.buckets
+        ],
         "velocities": {} if holder is None else holder.velocities.state_dict(),
+        "late": {} if holder is None else holder.late(),
         "units": (Units() if holder is None else holder.units).state_dict(),
     }
 
@@ -94,6 +100,7 @@ def _full(options: Options, holder: Holder | None, residuals: Mapping[str, Resid
         "sparse": [] if holder is None else sorted(name for session in holder.sessions for name in session.sparse),
         "errors": errors,
         "velocities": velocities,
+        "late": {} if holder is None else {name: average.to("cpu", copy=True) for name, average in holder.late().items()},
         "units": (Units() if holder is None else holder.units).state_dict(),
     }
 
@@ -101,8 +108,10 @@ def _full(options: Options, holder: Holder | None, residuals: Mapping[str, Resid
 def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
     """Takes back what `rank_state` or `full_state` gave of an optimizer; raises as `DoubleSqueeze.load_state_dict` does."""
     require_format(state, reducer.options, reducer.place)
+    late = state.get("late", {})  # which states of earlier versions do not have
     if is_of_one_rank(state):
         _require_known(state, "velocities", reducer.parameters)
+        _require_known({"late": late}, "late", reducer.parameters)
     session, options = reducer.session, reducer.options
     description, errors = "a state_dict()", None
     if not is_of_one_rank(state):
@@ -111,16 +120,18 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         errors = dict(state["errors"]) if options.server_error and not options.worker_error else None
         require_fits(state, reducer.parameters, reducer.selection)
         residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
-        reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"])
+        reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"], late)
     elif session is None:
         load_buckets(state["buckets"], [])
         reducer.velocities.load_state_dict(state["velocities"])
+        reducer.load_late(late)
     else:
         sparse = set(state["sparse"])
         buckets = session.buckets if session.started or sparse == session.sparse else session.fill(sparse)
         load_buckets(state["buckets"], buckets)
         session.adopt(sparse, buckets, hold_errors=True)
         reducer.velocities.load_state_dict(state["velocities"])
+        reducer.load_late(late)
     reducer.units.load_state_dict(state["units"])
     reducer.loaded = Loaded(description, reducer.steps, not is_of_one_rank(state), errors)
 
@@ -163,6 +174,10 @@ def _require_well_formed(state: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the key, for what no `rank_state` or `full_state` has, and for values that are not finite."""
     _require(state, "sparse", _is_list_of(str), "a list of names")
     _require(state, "velocities", _is_mapping_to(_is_tensor), "floating-point tensors by name")
+    if "late" in state:
+        _require(state, "late", _is_mapping_to(_is_tensor), "floating-point tensors by name")
+        for name, average in state["late"].items():
+            _require_finite(average, f"late gradients of {name}")
     _require(state, "units", lambda units: isinstance(units, Mapping), "a dict")
     _require(state["units"], "scale", lambda scale: _is_number(scale) and scale > 0, "positive and finite", "units.")
     _require(state["units"], "learning_rates", _is_mapping_to(_is_number), "numbers by name", "units.")
@@ -226,7 +241,7 @@ def require_fits(state: Mapping[str, Any], parameters: Sequence[tuple[str, Tenso
         raise _unfit("errors, but neither worker_error nor server_error is on")
     if state["velocities"] and not options.momentum:
         raise _unfit(f"velocities, of {next(iter(state['velocities']))} first, but momentum is 0")
-    for kind in ("errors", "velocities"):
+    for kind in ("errors", "velocities", "late"):
         _require_known(state, kind, parameters)
     for name in state["errors"]:
         if name in state["sparse"] or selection.compressor(name, known[name]) is None:
@@ -235,7 +250,7 @@ def require_fits(state: Mapping[str, Any], parameters: Sequence[tuple[str, Tenso
 
 def _require_known(state: Mapping[str, Any], kind: str, parameters: Sequence[tuple[str, Tensor]]) -> None:
     known = dict(parameters)
-    for name, tensor in state[kind].items():
+    for name, tensor in state.get(kind, {}).items():
         if name not in known:
             raise _unfit(f"{kind} of {name}, which is not a parameter here")
         if tensor.shape != known[name].shape:
@@ -246,16 +261,22 @@ def _unfit(what: str) -> ValueError:
     return ValueError(f"DoubleSqueeze: the state holds {what}")
 
 
-def _save_bucket(bucket: Bucket[Any]) -> dict[str, Any]:
-    """The layout of a bucket, its errors and velocity (not copied), and how many steps it has taken."""
+def _save_bucket(bucket: Bucket[Any], in_flight: Tensor | None = None) -> dict[str, Any]:
+    """The layout of a bucket, its errors and velocity (not copied), and how many steps it has taken.
+
+    What late steps will bring, the same on all ranks, is part of the worker error: training goes on without any under way.
+    """
     layout = bucket.exchange.layout
+    arrays = {key: getattr(bucket.exchange, key) for key in _ARRAYS}
+    if in_flight is not None:
+        arrays["worker_error"] = (arrays["worker_error"] + in_flight / bucket.exchange.weight).clamp_(-LARGEST, LARGEST)
     return {
         "parameters": list(bucket.names),
         "numels": list(layout.numels),
         "offsets": list(layout.offsets),
         "weight": bucket.exchange.weight,
         "step": bucket.exchange.worker.step,
-        **{key: getattr(bucket.exchange, key) for key in _ARRAYS},
+        **arrays,
     }
 
 

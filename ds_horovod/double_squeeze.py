@@ -85,6 +85,12 @@ class DoubleSqueeze:
     lr_aware
         Whether errors follow the learning rate, of each parameter group: multiplied by old / new when a schedule changes it
         (Zheng et al. 2019, arXiv 1905.10936), so that what waits is worth what it was. Default False, as in the paper.
+    staleness
+        By how many steps the averaged gradient comes late, 0 to 4: a step gets what the one so many steps before it has sent,
+        so that the exchange has all that time. The optimizer does not take the first so many steps. A late gradient trains
+        worse, see docs/guide.md. It needs ``worker_error=True``.
+    sync_steps
+        First steps in which nothing comes late, where ``staleness`` is on.
     server
         The rank that serves everything, as in the paper. Default None: sharded over all ranks.
     bucket_cap_mb
@@ -277,6 +283,21 @@ class DoubleSqueeze:
             self._root_rank = root_rank
         else:
             broadcast(self._reducer, root_rank)
+
+    def flush(self) -> None:
+        """With ``staleness``: moves what has been sent and is not due yet to the errors; all ranks call it, between two steps.
+
+        Nothing is lost: the next steps send it again. The optimizer does not take the first ``staleness`` of them. To apply
+        it instead, as at the end of training, take so many steps without backward: ``optimizer.zero_grad()``,
+        ``optimizer.step()``.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
+        """
+        if isinstance(self._reducer, Reducer):
+            self._reducer.flush()
 
     def reset_errors(self) -> None:
         """Drops what waits to be sent, errors and velocities, on all ranks, which all call it between two steps.

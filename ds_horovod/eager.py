@@ -36,7 +36,7 @@ class TensorReducer:
     """
 
     def __init__(self, options: Options, loaded: Mapping[str, Any] | None = None) -> None:
-        for option in ("momentum", "warmup_steps", "max_norm", "grad_scaler", "lr_aware", "choose"):
+        for option in ("momentum", "warmup_steps", "max_norm", "grad_scaler", "lr_aware", "staleness", "choose"):
             if getattr(options, option):
                 raise ValueError(f"allreduce: {option} is for optimizers; got a compression with {getattr(options, option)!r}")
         self.options = options
@@ -56,6 +56,10 @@ class TensorReducer:
     def steps(self) -> int:
         """The most that any tensor has taken."""
         return max((session.step for session in self.sessions), default=0)
+
+    def late(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
     def residuals(self, of_all: bool = False) -> dict[str, Residual]:
         """By name of tensor, as `Session.export_residual` says."""

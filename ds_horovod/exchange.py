@@ -17,7 +17,8 @@ import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ from torch.autograd.profiler import record_function
 
 from .compressors import Compressor, NoCompression
 from .feedback import FeedbackState
+from .kernels.fallback import decoded, restore_sent
 from .layout import Layout
 from .options import Options
 from .streams import Streams
+from .uncompressed import put_rescaled
 
 Handle = TypeVar("Handle")
 _UNCOMPRESSED = NoCompression()
@@ -155,12 +158,12 @@ class Exchange(Generic[Handle]):
         """One step of the algorithm.
 
         It yields the name and the handle of each collective, and is resumed with what has arrived; and None where it waits
-        for `InFlight.settle`.
+        for `InFlight.settle`, which says what it is to be written to if that is not known before.
         """
         layout, transport, streams = self.layout, self.transport, self.streams
         compressor, reply_compressor = self.compressors()
         # Sizes under a name never change: Horovod keeps what it has agreed on for each.
-        name = self.name + (".uncompressed" if compressor is _UNCOMPRESSED else "")
+        name = self.name + (".uncompressed" if compressor is _UNCOMPRESSED else "") + work.label
 
         with self.timed("worker_pass"):
             payload = streams.record_stream(self.acquire(layout.shards, compressor.chunk_nbytes(layout)))
@@ -169,42 +172,76 @@ class Exchange(Generic[Handle]):
         pushed = yield name + ".push", transport.push(payload, name + ".push")
 
         reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
-        before = self.server.error.clone() if work.held and self.server.error is not None else None
+        restores, is_half = work.held and not work.late, work.source[0].dtype == torch.float16
+        before = self.server.error.clone() if restores and self.server.error is not None else None
+        if work.late:
+            work.source = ()  # the optimizer has the gradients from here on
         if self.shard is not None:
             with self.timed("server_pass"):
                 reply = self.acquire(reply_nbytes)
                 reply_compressor.serve(self.shard, pushed, compressor, self.weight, self.server, reply)
-                if work.destination[0].dtype == torch.float16:
+                if is_half:
                     reply_compressor.keep_overflow(self.shard, reply, self.server, torch.finfo(torch.float16).max)
             self.server.step += 1
         replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
 
+        self._count_traffic(payload.shape[1], reply_nbytes)
         if work.held and not work.cancelled:
-            work.overflows = self._overflows(reply_compressor, replies)
+            work.replied = Replied(compressor, payload, reply_compressor, replies)
             yield None
             if work.skipped and before is not None and self.server.error is not None:
                 self.server.error.copy_(before)
 
         if not work.cancelled:
             with self.timed("decode"):
-                if self.worker.error is not None:
-                    mask = self._everything() if work.skipped else reply_compressor.nonfinite_mask(layout, replies)
-                    if mask is not None:
-                        compressor.rollback(layout, payload, mask, work.source, self.worker)
-                reply_compressor.decode(layout, replies, work.destination)
+                if work.late:
+                    self._decode_late(work)
+                else:
+                    if self.worker.error is not None:
+                        mask = self._everything() if work.skipped else reply_compressor.nonfinite_mask(layout, replies)
+                        if mask is not None:
+                            compressor.rollback(layout, payload, mask, work.source, self.worker)
+                    reply_compressor.decode(layout, replies, work.destination)
 
-        self._count_traffic(payload.shape[1], reply_nbytes)
         if compressor is not _UNCOMPRESSED:  # the warm-up's buffers are large, and soon not needed
             self.release(payload)
             if reply is not None:
                 self.release(reply)
 
-    def _overflows(self, compressor: Compressor, replies: Tensor) -> bool:
-        """Whether a reply is not finite. On a GPU the host waits for the answer, as a GradScaler does."""
-        if compressor.is_within(self.layout, replies):
-            return False
-        mask = compressor.nonfinite_mask(self.layout, replies)
-        return mask is not None and bool(mask.any())
+    def _decode_late(self, work: InFlight[Handle]) -> None:
+        """Writes the replies of a step that is long over.
+
+        Where they are not finite, what was sent goes back into the error. A `rollback` would take the gradient out of it, which
+        is not there any more; and other steps have changed the velocity since.
+        """
+        layout, replied = self.layout, work.replied
+        assert replied is not None and self.worker.error is not None
+        mask = replied.reply_compressor.nonfinite_mask(layout, replied.replies)
+        if mask is not None:
+            restore_sent(layout, replied.sent(layout), mask, work.factors, self.worker.error)
+        replied.reply_compressor.decode(layout, replied.replies, work.destination)
+        for gradient, factor in zip(work.destination, work.factors, strict=True):
+            if factor != 1.0:
+                put_rescaled(gradient, gradient, factor)
+        work.replied = None
+
+    def residual_of(self, work: InFlight[Handle]) -> Tensor:
+        """This rank's part of what a late step will bring: its equal part of the reply, or what it sent where none is finite.
+
+        Returns
+        -------
+        Tensor
+            float32, ``(layout.numel,)``; of all ranks together, what the step adds to the residual if it is dropped.
+        """
+        layout, replied = self.layout, work.replied
+        assert replied is not None
+        result = self._zeros(layout.numel)
+        rows = zip(layout.offsets, replied.replied(layout), replied.sent(layout), work.factors, strict=True)
+        for offset, values, own, factor in rows:
+            own = own.where(own.isfinite(), 0.0) * self.weight
+            part = torch.where(values.isfinite(), values / self.transport.size, own)
+            result[offset : offset + len(part)] = part * factor
+        return result
 
     def _everything(self) -> Tensor:
         """A mask of all elements, as `Compressor.nonfinite_mask` gives them."""
@@ -216,9 +253,9 @@ class Exchange(Generic[Handle]):
             return _UNCOMPRESSED, _UNCOMPRESSED
         return self.options.compressor, self.options.reply_compressor
 
-    def begin(self, source: Sequence[Tensor], destination: Sequence[Tensor], held: bool = False) -> InFlight[Handle]:
+    def begin(self, source: Sequence[Tensor], destination: Sequence[Tensor]) -> InFlight[Handle]:
         """Runs the worker pass and begins the push of one step; see `InFlight`."""
-        return InFlight(self, source, destination, held)
+        return InFlight(self, source, destination)
 
     def acquire(self, *shape: int) -> Tensor:
         """Bytes for a payload, all zero."""
@@ -248,6 +285,23 @@ class Exchange(Generic[Handle]):
         setattr(self.totals, f"{what}_seconds", seconds)
 
 
+class Replied(NamedTuple):
+    """The payloads of a step whose replies are there."""
+
+    compressor: Compressor
+    payload: Tensor
+    reply_compressor: Compressor
+    replies: Tensor
+
+    def sent(self, layout: Layout) -> list[Tensor]:
+        """What this worker pushed: a float32 tensor for each of the layout's."""
+        return decoded(layout, self.payload, partial(self.compressor.decode, layout))
+
+    def replied(self, layout: Layout) -> list[Tensor]:
+        """What all servers replied, alike."""
+        return decoded(layout, self.replies, partial(self.reply_compressor.decode, layout))
+
+
 class InFlight(Generic[Handle]):
     """One step of one bucket under way: drives `Exchange.step`, and never blocks.
 
@@ -259,17 +313,30 @@ class InFlight(Generic[Handle]):
         The gradients: contiguous tensors, in the order of the layout. They are read now, and again where the reply is not
         finite.
     destination
-        Contiguous tensors, alike, which receive the aggregated gradients. They may be those of the source.
+        Contiguous tensors, alike, which receive the aggregated gradients. They may be those of the source. None: the step is
+        late, and `settle` is told of them; the source is read only now.
     held
         Whether nothing is decoded before `settle`.
+    label
+        Part of the names of collectives, for steps of one bucket that are under way at the same time.
     """
 
     def __init__(
-        self, exchange: Exchange[Handle], source: Sequence[Tensor], destination: Sequence[Tensor], held: bool = False
+        self,
+        exchange: Exchange[Handle],
+        source: Sequence[Tensor],
+        destination: Sequence[Tensor] | None,
+        held: bool = False,
+        label: str = "",
     ) -> None:
-        self.exchange, self.source, self.destination, self.held = exchange, source, destination, held
-        self.overflows = False
-        """Whether a reply is not finite, once it is `arrived`."""
+        self.exchange, self.source, self.label = exchange, source, label
+        self.late = destination is None
+        self.held = held or self.late
+        self.destination: Sequence[Tensor] = destination or ()
+        self.factors: Sequence[float] = ()
+        """By what to multiply each result of a late step, since units have changed."""
+        self.replied: Replied | None = None
+        """Of a step that is held, once it is `arrived`."""
         self.skipped: bool | None = None
         """As `settle` says."""
         self.cancelled = False
@@ -291,6 +358,15 @@ class InFlight(Generic[Handle]):
                 self.stage += 1
                 self._resume(arrived)
         return self.done
+
+    def overflows(self) -> bool:
+        """Whether a reply of a held step is not finite. On a GPU the host waits for the answer, as a GradScaler does."""
+        layout, replied = self.exchange.layout, self.replied
+        assert replied is not None
+        if replied.reply_compressor.is_within(layout, replied.replies):
+            return False
+        mask = replied.reply_compressor.nonfinite_mask(layout, replied.replies)
+        return mask is not None and bool(mask.any())
 
     @property
     def arrived(self) -> bool:

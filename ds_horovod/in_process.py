@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .exchange import Exchange
 from .layout import Layout
 from .options import Options
 from .session import Session
+from .step import Step
 
 
 class _Ticket(NamedTuple):
@@ -125,6 +127,21 @@ class InProcessTransport:
         return prefix
 
 
+def _are_finite(due: Step[Any] | None) -> bool:
+    averages = {} if due is None or due.uncompressed is None else due.uncompressed.averages()
+    return all(bool(average.isfinite().all()) for average in averages.values())
+
+
+class _Averages:
+    """As `Uncompressed`, of what is there already."""
+
+    def __init__(self, averages: dict[Tensor, Tensor]) -> None:
+        self._averages = averages
+
+    def averages(self) -> dict[Tensor, Tensor]:
+        return self._averages
+
+
 class Simulation:
     """n workers exchanging one bucket, step after step.
 
@@ -202,8 +219,8 @@ class Workers:
         for reducer in self.reducers:
             reducer.begin_step({name: rate for name, _ in reducer.parameters})
 
-    def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """The aggregated gradient of each parameter, as every worker gets it.
+    def exchange(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
+        """The aggregated gradient of each parameter, as every worker gets it; None where nothing is due in this step.
 
         Parameters
         ----------
@@ -219,16 +236,31 @@ class Workers:
         for _ in ("push", "pull"):
             for session in self.sessions:
                 session.poll()
-        dense = [p.grad for session in self.sessions for _, p in session.parameters if not session.covers(p)]
+        self._attach_averages()
         for session in self.sessions:
-            session.settle(lambda: all(bool(gradient.isfinite().all()) for gradient in dense if gradient is not None))
-        result = []
-        for replicas in zip(*(session.parameters for session in self.sessions), strict=True):
-            name, first = replicas[0]
-            if self.sessions[0].covers(first):
-                result.append(self.sessions[0].finish(first))
+            session.drain()
+            session.settle(partial(_are_finite, session.due))
+        reducer, session, due = self.reducers[0], self.sessions[0], self.sessions[0].due
+        if due is None:
+            return None
+        assert due.uncompressed is not None
+        result, averages = [], due.uncompressed.averages()
+        for name, p in session.parameters:
+            if session.covers(p):
+                result.append(session.finish(p))
             else:
-                result.append(torch.stack([p.grad for _, p in replicas]).mean(0))
-                if not self.sessions[0].skipped:
-                    self.reducers[0].velocities.add(name, result[-1])  # the same for all
+                result.append(averages[p].mul_(*due.factors([name])))
+                if not session.skipped:
+                    reducer.velocities.add(name, result[-1])  # the same for all
+        if not session.skipped:
+            reducer.add_carried_over((name, gradient) for (name, _), gradient in zip(session.parameters, result, strict=True))
         return result
+
+    def _attach_averages(self) -> None:
+        """The gradients that no exchange takes, averaged at once."""
+        rows = zip(*(session.parameters for session in self.sessions), strict=True)
+        rest = [[p for _, p in row] for row in rows if not self.sessions[0].covers(row[0][1])]
+        averages = [torch.stack([p.grad for p in replicas if p.grad is not None]).mean(0) for replicas in rest]
+        for worker, session in enumerate(self.sessions):
+            own = [replicas[worker] for replicas in rest]
+            session.attach(_Averages({p: average.clone() for p, average in zip(own, averages, strict=True)}))

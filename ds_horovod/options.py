@@ -17,6 +17,8 @@ from .compressors.checks import is_whole
 Choice = Compressor | bool | None
 Choose = Mapping[str, Choice] | Callable[[str, Tensor], Choice]
 
+MOST_STALE = 4
+"""Steps by which an aggregated gradient may come late."""
 _BY_DEFAULT = Quantize(bits=4)
 
 
@@ -40,6 +42,8 @@ class Options:
     max_norm: float | None = None
     grad_scaler: Any = None
     lr_aware: bool = False
+    staleness: int = 0
+    sync_steps: int = 0
     server: int | None = None
     bucket_cap_mb: float | None = 25.0
     min_numel: int = 4096
@@ -52,6 +56,8 @@ class Options:
             self._check(name, bool, "must be True or False,", lambda value: True)
         self._check("momentum", float, "must be at least 0 and under 1,", lambda value: 0 <= value < 1)
         self._check("warmup_steps", int, "must be a whole number, 0 or more;", lambda value: value >= 0)
+        self._check("staleness", int, f"must be a whole number from 0 to {MOST_STALE},", lambda value: 0 <= value <= MOST_STALE)
+        self._check("sync_steps", int, "must be a whole number, 0 or more;", lambda value: value >= 0)
         self._check("max_norm", float, "must be positive and finite, or None;", lambda value: 0 < value < math.inf)
         self._check("server", int, "must be a rank, or None for all ranks;", lambda value: value >= 0)
         self._check("bucket_cap_mb", float, "must be positive, or None for one bucket;", lambda value: value > 0)
@@ -66,6 +72,10 @@ class Options:
             raise TypeError(f"DoubleSqueeze: grad_scaler must be a torch.amp.GradScaler, got {self.grad_scaler!r}")
         if self.momentum and not self.worker_error:
             raise ValueError(f"DoubleSqueeze: momentum={self.momentum!r} needs worker_error=True, got {self.worker_error!r}")
+        if self.staleness and not self.worker_error:  # what is under way goes back into it, so that nothing is ever lost
+            raise ValueError(f"DoubleSqueeze: staleness={self.staleness!r} needs worker_error=True, got {self.worker_error!r}")
+        if self.sync_steps and not self.staleness:
+            raise ValueError(f"DoubleSqueeze: sync_steps={self.sync_steps!r} needs staleness, from 1 to {MOST_STALE}; got 0")
 
     def _check(self, name: str, kind: type, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
         """Makes an option a plain value of its kind."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
 from torch import Tensor
@@ -62,21 +62,21 @@ class Pipeline(Generic[Handle]):
             self.in_flight.clear()  # there is nothing to wait for
             raise
 
-    def settle(self, skipped: bool) -> None:
+    def settle(self, works: Sequence[InFlight[Handle]], skipped: bool) -> None:
         """Goes on with what is held; see `InFlight.settle`."""
-        for work in self.in_flight:
+        for work in works:
             work.settle(skipped)
         self.poll()
 
-    def drain(self) -> None:
-        """Returns when no collective is under way.
+    def drain(self, works: Sequence[InFlight[Handle]]) -> None:
+        """Returns when no collective of these exchanges is under way.
 
         It naps where hvd.synchronize would spin on the core that Horovod needs: the longer it has waited, the longer,
         so that looking costs little and a late look delays the step by a few per cent of the wait at most.
         """
         start = time.perf_counter()
         passes = self._totals.pass_seconds
-        self._nap_until_done(self._polled)
+        self._nap_until_done(lambda: self._polled(works))
         for exchange in self._done:
             exchange.streams.wait_for_side()
         self._done.clear()
@@ -84,14 +84,14 @@ class Pipeline(Generic[Handle]):
 
     def wait_for(self, handle: Handle, name: str) -> Tensor:
         """What has arrived of one more collective; polls the exchanges meanwhile."""
-        self._nap_until_done(lambda: [] if self._transport.poll(handle) else [name, *self._polled()])
+        self._nap_until_done(lambda: [] if self._transport.poll(handle) else [name, *self._polled(self.in_flight)])
         with self._unless_failed():
             return self._transport.wait(handle)
 
-    def _polled(self) -> list[str]:
-        """The names of the collectives that are pending."""
+    def _polled(self, works: Sequence[InFlight[Handle]]) -> list[str]:
+        """The names of the collectives of some exchanges that are pending."""
         self.poll()
-        return [work.pending for work in self.in_flight if work.pending is not None]
+        return [work.pending for work in works if work.pending is not None]
 
     def _nap_until_done(self, pending: Callable[[], list[str]]) -> None:
         start = time.perf_counter()
@@ -104,10 +104,19 @@ class Pipeline(Generic[Handle]):
                     self._transport.waiting(waited, names)
                 time.sleep(min(max(waited / 16, _SHORTEST_NAP), _LONGEST_NAP))
 
-    def cancel(self) -> None:
-        """Leaves all destinations alone, and returns when nothing is under way."""
+    @property
+    def failed(self) -> bool:
+        """Whether nothing may begin before `cancel`."""
+        return self._failure is not None
+
+    def cancel(self, works: Sequence[InFlight[Handle]]) -> None:
+        """Leaves the destinations of some exchanges alone, and returns when none of them is under way."""
         self._failure = None
-        for work in self.in_flight:
+        for work in works:
             work.cancelled = True
-        self.drain()
-        self.settle(False)  # what is held from before
+        self.drain(works)
+        self.settle([work for work in works if not work.done], False)  # what is held from before
+
+    def drop(self, works: Sequence[InFlight[Handle]]) -> None:
+        """Forgets exchanges that are held: nobody will ask for what they bring."""
+        self.in_flight = [work for work in self.in_flight if work not in works]

@@ -33,6 +33,8 @@ class Shared(NamedTuple):
     """Names of parameters with sparse gradients."""
     velocities: dict[str, Tensor]
     """Of what is not compressed."""
+    late: dict[str, Tensor]
+    """As `Reducer.late`."""
     units: dict[str, Any]
 
 
@@ -112,6 +114,7 @@ class Reducer:
         self._name = self._first_name = name
         self._average = average
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
+        self._late: dict[str, Tensor] = {}  # of parameters that no exchange takes: averages of steps that have been flushed
         self._steps_carried_over = 0
         self._enter(transport)
 
@@ -194,8 +197,9 @@ class Reducer:
             return
         if self.session is not None:
             self.session.rescale(change)
-        for name, error in self._carried_over.items():  # which a snapshot may hold too
-            self._carried_over[name] = rescaled(error.clone(), change.scale * change.rates.get(name, 1.0))
+        for carried_over in (self._carried_over, self._late):
+            for name, error in carried_over.items():  # which a snapshot may hold too
+                carried_over[name] = rescaled(error.clone(), change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
     def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
@@ -235,7 +239,12 @@ class Reducer:
             clip(self._gradients(), self.options.max_norm * self.units.scale)
 
     def end_step(self) -> None:
-        """All gradients are aggregated: those that no exchange takes get momentum, and one rank what has been carried over."""
+        """All gradients are aggregated: those that no exchange takes get momentum, and one rank what has been carried over.
+
+        Where nothing is due, all stays as it is: the optimizer does not take the step.
+        """
+        if not self.is_due:
+            return
         gradients, session = self._gradients(), self.session
         if session is not None:
             skipped = session.skipped
@@ -250,16 +259,40 @@ class Reducer:
         self.add_carried_over(gradients)
 
     def add_carried_over(self, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """On one rank: adds the residuals that several ranks have left to the gradients of the next step, once."""
-        for name, gradient in gradients if self._carried_over else ():
-            if name in self._carried_over:
-                gradient += self._carried_over.pop(name).to(gradient.device)
+        """Adds to the gradients of the next step, once, what waits for them; on one rank that several ranks have left, too."""
+        for name, gradient in gradients if self._carried_over or self._late else ():
+            for carried_over in (self._carried_over, self._late):
+                if name in carried_over:
+                    gradient += carried_over.pop(name).to(gradient.device)
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
         found = ((name, self._gradient_of(p)) for name, p in self._all_parameters)
         return [(name, gradient) for name, gradient in found if gradient is not None]
 
     # ---- between two steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step under way, or the last one, gets the gradients of any step."""
+        return self.session is None or self.session.due is not None
+
+    def late(self) -> dict[str, Tensor]:
+        """What waits for the gradients of parameters that no exchange takes, by name, the same on all ranks."""
+        in_flight = {} if self.session is None else self.session.uncompressed_in_flight()
+        names = [*self._late, *(name for name in in_flight if name not in self._late)]
+        parts = {name: [held[name] for held in (self._late, in_flight) if name in held] for name in names}
+        return {name: torch.stack(tensors).sum(0) for name, tensors in parts.items()}
+
+    def load_late(self, late: Mapping[str, Tensor]) -> None:
+        """Takes back what `late` gave."""
+        self._late = {name: tensor.clone() for name, tensor in late.items()}
+
+    def flush(self) -> None:
+        """Moves what late steps will bring to the errors; see `DoubleSqueeze.flush`."""
+        if self.session is not None:
+            self.session.require_between_steps()
+            self._late = self.late()
+            self.session.import_residual(self.session.export_residual(), self.session.step)
 
     def reset(self) -> None:
         """Drops what waits; see `DoubleSqueeze.reset_errors`."""
@@ -271,7 +304,7 @@ class Reducer:
             require_agreement(everyones)
             session.restore_frozen()
             session.import_residual({}, session.step)
-        self._carried_over, self._loaded = {}, None
+        self._carried_over, self._late, self._loaded = {}, {}, None
         self.velocities.load_state_dict({})
 
     def change(self, options: Options) -> None:
@@ -279,6 +312,7 @@ class Reducer:
         session = self.session
         if session is not None:
             residuals, step = session.export_residual(), session.step
+            self._late = self.late()
             if not options.worker_error:
                 residuals = _averaged(session, residuals)
             session.restart(options)
@@ -292,7 +326,12 @@ class Reducer:
         return self.session.export_residual(of_all)
 
     def import_all(
-        self, residuals: Mapping[str, Residual], steps: int, sparse: Iterable[str], velocities: Mapping[str, Tensor]
+        self,
+        residuals: Mapping[str, Residual],
+        steps: int,
+        sparse: Iterable[str],
+        velocities: Mapping[str, Tensor],
+        late: Mapping[str, Tensor],
     ) -> None:
         """Replaces all that is held.
 
@@ -306,8 +345,11 @@ class Reducer:
             Names of parameters with sparse gradients.
         velocities
             By name, the same on all ranks: of parameters that are not compressed, and of others the mean.
+        late
+            As `late` gives it.
         """
         residuals, velocities = dict(residuals), dict(velocities)
+        self.load_late(late)
         session = self.session
         if session is None:
             self._carried_over = {name: r.error for name, r in residuals.items()}
@@ -332,7 +374,8 @@ class Reducer:
         sparse = [] if self.session is None else sorted(self.session.sparse)
         velocities = {name: velocity.clone() for name, velocity in self.velocities.state_dict().items()}
         compressors = self.options.compressor, self.options.server_compressor
-        return Snapshot(self.residuals(), Shared(compressors, self.steps, sparse, velocities, self.units.state_dict()))
+        shared = Shared(compressors, self.steps, sparse, velocities, self.late(), self.units.state_dict())
+        return Snapshot(self.residuals(), shared)
 
     def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot, era: str = "") -> None:
         """Goes on among other ranks, with what this one has held before; all of them call it.
@@ -358,7 +401,7 @@ class Reducer:
         self._enter(transport)
         if self.session is not None and not options.worker_error and options.server_error:  # servers take it over
             residuals = _averaged(self.session, residuals)
-        self.import_all(residuals, shared.step, shared.sparse, shared.velocities)
+        self.import_all(residuals, shared.step, shared.sparse, shared.velocities, shared.late)
         self.units.load_state_dict(shared.units)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any
@@ -16,7 +17,7 @@ from .options import Options
 from .pipeline import Pipeline
 from .residual import Residual, rescale
 from .selection import COMPRESSIBLE, Selection
-from .step import Bucket, Step, changed_too_early
+from .step import Bucket, Step, Uncompressed, changed_too_early
 from .uncompressed import clip, require_dense
 from .units import Change, Units
 
@@ -31,6 +32,9 @@ class Session(Buckets[Handle]):
     step nothing leaves before all gradients are there: only then is it known which are sparse, and the ranks have compared
     what they hold. From the second step on a bucket leaves as soon as it is full. There is no thread: `ready` polls what is
     under way, `finish` waits for it. Where gradients are clipped, nothing leaves before all are there in any step.
+
+    With ``staleness`` s, a step gets what the step s before it has sent: `finish` waits for that one, which has had the time
+    of s steps. In the first s steps nothing is due.
 
     Parameters
     ----------
@@ -76,9 +80,10 @@ class Session(Buckets[Handle]):
         """Whether all ranks take part in the step: those that have called hvd.join() do not."""
         self.unknown: set[Tensor] = {p for _, p in parameters}
         """Parameters that have had no gradient yet on this rank."""
-        self._frozen_everywhere: set[Tensor] = set()
-        self._taking_part: Handle | None = None  # the sum of who takes part, under way
+        self._taking_part: Handle | None = None  # the sum of who takes part, under way, without which nothing leaves
         self._step: Step[Handle] | None = None
+        self._late: deque[Step[Handle]] = deque()  # whose results are not due yet, in their order
+        self._due: Step[Handle] | None = None  # whose results the step under way gets
         super().__init__(name, parameters, selection, weight, transport, own_name=more_to_compare is not None)
         self.pipeline = Pipeline(transport, self.totals)
 
@@ -88,7 +93,8 @@ class Session(Buckets[Handle]):
         return self.options.max_norm is not None or not self.started
 
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
-        """Goes on with the buckets that `fill` made, which may hold errors already."""
+        """Goes on with the buckets that `fill` made, which may hold errors already. What late steps will bring is dropped."""
+        self.drop_late_steps()
         super().adopt(sparse, buckets)
         self._hold_errors = hold_errors
         if self._step is not None and not self._step.flushed:
@@ -109,6 +115,8 @@ class Session(Buckets[Handle]):
             require_dense(name, gradient, "momentum", options.momentum)
         if options.max_norm is not None:
             require_dense(name, gradient, "max_norm", options.max_norm)
+        if options.staleness:
+            require_dense(name, gradient, "staleness", options.staleness)
         if self.covers(p):
             _require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
         if gradient.is_sparse and self.covers(p):
@@ -133,31 +141,49 @@ class Session(Buckets[Handle]):
         return False
 
     def _begin_step(self) -> Step[Handle]:
-        """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before."""
-        self.complete, self._taking_part = True, None
-        self._frozen_everywhere = {p for p in self.bucket_of if self._may_freeze and not p.requires_grad}
+        """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before.
+
+        While late steps are under way all ranks take part (`hvd.join` is refused), so nobody waits for the others to say so.
+        """
+        self.complete, self._taking_part, self._due = True, None, None
+        taking_part, label = None, self._label()
         if self.started:
             own = torch.tensor([1.0, *(float(not p.requires_grad) for p in self.bucket_of)], dtype=torch.float32)
-            self._taking_part = self.transport.begin_sum(own, self.name + ".ranks")
+            taking_part = self.transport.begin_sum(own, f"{self.name}.ranks{label}")
+        if not self._late:
+            self._taking_part, taking_part = taking_part, None
         held = self.held or self._taking_part is not None
         checks_values = self.options.max_norm is None and not self.started
-        return Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values)
+        late = bool(self.options.staleness and self.buckets) and self.step >= self.options.sync_steps
+        step = Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values, late, label)
+        step.taking_part = taking_part
+        step.frozen_everywhere = {p for p in self.bucket_of if self._may_freeze and not p.requires_grad}
+        return step
 
-    def _await_who_takes_part(self) -> list[float]:
-        handle, self._taking_part = self._taking_part, None
-        assert handle is not None
-        return self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
+    def _label(self) -> str:
+        """Part of the names of collectives of the coming step: with staleness, those of several are under way at once."""
+        staleness = self.options.staleness
+        return f".{self.step % (staleness + 1)}" if staleness else ""
+
+    def _await_who_takes_part(self, handle: Handle, step: Step[Handle]) -> float:
+        """How many ranks take part in a step, which learns what is frozen."""
+        ranks, *frozen = self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
+        step.frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
+        return float(ranks)
 
     def _note_who_takes_part(self) -> None:
-        ranks, *frozen = self._await_who_takes_part()
-        self._frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
+        handle, self._taking_part = self._taking_part, None
+        assert handle is not None and self._step is not None
+        ranks = self._await_who_takes_part(handle, self._step)
         self.complete = ranks == self.transport.size
         if not self.complete and self.options.momentum:
             raise RuntimeError(
                 f"DoubleSqueeze: {self.transport.size - ranks:.0f} ranks have called hvd.join() while others still train, "
                 f"which momentum={self.options.momentum} cannot follow; call optimizer.step() on them, without backward()"
             )
-        if self.complete and not self.held and self._step is not None:
+        if not self.complete:
+            self._step.late = False  # an allreduce takes its gradients, and they are there when it ends
+        elif not self.held:
             self._step.release()
 
     def unsent(self) -> list[Tensor]:
@@ -222,7 +248,8 @@ class Session(Buckets[Handle]):
         self.agree_on_name()
         own = describe(self) | dict(self._more_to_compare() if self._more_to_compare else {})
         own["unknown"] = sorted(self._names[p] for p in self.unknown)
-        own["frozen"] = sorted(self._names[p] for p in self._frozen_everywhere)
+        assert self._step is not None
+        own["frozen"] = sorted(self._names[p] for p in self._step.frozen_everywhere)
         everyones = self.transport.gather_objects(own, self.name + ".agreement")
         frozen = set(own["frozen"]).intersection(*(other.pop("frozen") for other in everyones))
         sparse = sorted({name for other in everyones for name in other["sparse parameters"]})
@@ -236,11 +263,46 @@ class Session(Buckets[Handle]):
             self.adopt(frozenset(sparse), self.fill(frozenset(sparse)))
             self.import_residual(residuals, step)
         self._hold_errors = True
-        self._frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
+        self._step.frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
 
     def drain(self) -> None:
-        """Returns when no collective is under way."""
-        self.pipeline.drain()
+        """Returns when what is due in this step has arrived."""
+        step = self._step
+        if step is not None and step.flushed and not step.queued:
+            step.queued = True
+            self._late.append(step)
+            if len(self._late) > (self.options.staleness if step.late else 0):
+                self._due = self._late.popleft()
+        due = self._due
+        if due is not None:
+            self.pipeline.drain(due.works)
+            handle, due.taking_part = due.taking_part, None
+            if handle is not None:
+                self._await_who_takes_part(handle, due)
+
+    def name_of(self, p: Tensor) -> str:
+        """Of a parameter."""
+        return self._names[p]
+
+    def attach(self, uncompressed: Uncompressed) -> None:
+        """Is told of the gradients of the step under way that no exchange takes, whose averages may come late."""
+        assert self._step is not None
+        self._step.uncompressed = uncompressed
+
+    @property
+    def label(self) -> str:
+        """Part of the names of all collectives of the step under way."""
+        return "" if self._step is None else self._step.label
+
+    @property
+    def late_steps(self) -> int:
+        """How many are under way whose results are not due yet."""
+        return len(self._late)
+
+    @property
+    def due(self) -> Step[Handle] | None:
+        """The step whose results the step under way gets; None: nothing is due, and its gradients become zero."""
+        return self._due
 
     def settle(self, others_finite: Callable[[], bool] = lambda: True) -> None:
         """Decodes what has waited until it is known whether a scaler of the loss will skip the step.
@@ -250,14 +312,23 @@ class Session(Buckets[Handle]):
         others_finite
             Whether all aggregated gradients are finite that no exchange takes; the same on all ranks.
         """
-        step, held = self._step, self.pipeline.in_flight
+        step, due = self._step, self._due
         if step is None or step.settled:
             return
-        step.settled = True
-        self.skipped = self.units.may_skip and (any(work.overflows for work in held) or not others_finite())
+        step.settled, self.skipped = True, False
+        if due is None:
+            return
+        held = [work for work in due.works if not work.done]
+        self.skipped = self.units.may_skip and (any(work.overflows() for work in held) or not others_finite())
+        if due.late:
+            due.deliver(step.gradients, step)
         if held:
-            self.pipeline.settle(self.skipped)
-            self.drain()
+            self.pipeline.settle(held, self.skipped)
+            self.pipeline.drain(held)
+        due.works.clear()  # they hold on to gradients
+        if due.late and self.skipped:
+            for p, gradient in step.gradients.items():
+                self._keep(p, gradient)
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
@@ -269,7 +340,8 @@ class Session(Buckets[Handle]):
         if waits_for:
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         gradient = self._step.gradients.pop(p)  # from here on it is the optimizer's, which may free it
-        if p in self._frozen_everywhere:  # it must not move; 1-bit scales that it shares with others leave no zeros
+        if self._due is None or p in self._due.frozen_everywhere:
+            # What is frozen must not move; 1-bit scales that it shares with others leave no zeros.
             gradient.zero_()
         return gradient
 
@@ -279,8 +351,14 @@ class Session(Buckets[Handle]):
         Each rank adds it to its error, so that the mean of all is larger by just that. The gradient becomes zero. What is not
         finite is left out: the exchange has kept those elements in the errors.
         """
+        gradient = self.finish(p)
+        self._keep(p, gradient)
+        gradient.zero_()
+
+    def _keep(self, p: Tensor, gradient: Tensor) -> None:
+        """Adds an aggregated gradient, the same on all ranks, to the errors, where it is finite."""
         bucket = self.bucket_of[p]
-        gradient, exchange = self.finish(p), bucket.exchange
+        exchange = bucket.exchange
         layout, own = exchange.layout, gradient.detach().reshape(-1).float()
         start, own = layout.offsets[bucket.names.index(self._names[p])], own.where(own.isfinite(), 0.0)
         if exchange.worker_error is not None:
@@ -292,7 +370,6 @@ class Session(Buckets[Handle]):
             if first < last:
                 exchange.server_error[first - at : last - at] += own[first:last]
         exchange.streams.publish()
-        gradient.zero_()
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
@@ -301,29 +378,76 @@ class Session(Buckets[Handle]):
         """
         if self._taking_part is not None:
             self._note_who_takes_part()  # buckets leave then, as they have on ranks that have been quicker to learn it
-        self.pipeline.cancel()
+        if self.pipeline.failed:
+            self._late.clear()  # they will never arrive
+        step = None if self._step is None or self._step.queued else self._step
+        self.pipeline.cancel([] if step is None else step.works)
+        if step is not None and step.taking_part is not None:
+            self._await_who_takes_part(step.taking_part, step)
         self._step = None
 
     def drop(self) -> None:
         """Drops the step under way without waiting for other ranks, which may not take part any more."""
         self.pipeline.in_flight.clear()
-        self._step = self._taking_part = None
+        self._late.clear()
+        self._step = self._taking_part = self._due = None
 
     # ---- between two steps
 
     def require_between_steps(self) -> None:
-        """Raises RuntimeError while gradients are under way."""
-        step = self._step
-        if self.pipeline.in_flight or (step is not None and not step.flushed):
+        """Raises RuntimeError while gradients are under way, but for those of steps that are late."""
+        step, late = self._step, [work for step in self._late for work in step.works]
+        if (step is not None and not step.flushed) or any(work not in late for work in self.pipeline.in_flight):
             raise RuntimeError(
                 "DoubleSqueeze: gradients are under way; errors can be read or replaced between optimizer.step() and "
                 "backward() alone"
             )
 
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
-        """As `Buckets.export_residual`. Raises RuntimeError while a step is under way."""
+        """As `Buckets.export_residual`, with what late steps will bring. Raises RuntimeError while a step is under way."""
         self.require_between_steps()
+        self._await_late()
         return super().export_residual(of_all)
+
+    def residual_in_flight(self, bucket: Bucket[Handle]) -> Tensor | None:
+        """This rank's part of what late steps will bring of a bucket, float32 ``(layout.numel,)``; None where none is."""
+        works = [work for step in self._late for work in step.works if work.bucket is bucket]
+        if not works:
+            return None
+        self._await_late()
+        bucket.exchange.streams.wait_for_side()
+        return torch.stack([bucket.exchange.residual_of(work) for work in works]).sum(0)
+
+    def uncompressed_in_flight(self) -> dict[str, Tensor]:
+        """What late steps will bring of parameters that no exchange takes, by name, the same on all ranks; waits for it."""
+        result: dict[str, Tensor] = {}
+        for step in self._late:
+            for p, average in ({} if step.uncompressed is None else step.uncompressed.averages()).items():
+                name = self._names[p]
+                (factor,) = step.factors([name])
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                part = torch.where(wide.isfinite(), wide, 0.0) * factor
+                result[name] = result[name] + part if name in result else part
+        return result
+
+    def _await_late(self) -> None:
+        for step in self._late:
+            self.pipeline.drain(step.works)
+            step.set_factors()
+
+    def drop_late_steps(self) -> None:
+        """Between two steps: forgets what has been sent and has not been due; its residual is somebody else's from here on."""
+        for step in self._late:
+            self.pipeline.drain(step.works)
+            self.pipeline.drop(step.works)
+            if step.taking_part is not None:
+                self._await_who_takes_part(step.taking_part, step)
+        self._late.clear()
+
+    def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
+        """As `Buckets.import_residual`, in place of what late steps will bring, too."""
+        self.drop_late_steps()
+        super().import_residual(residuals, step)
 
     def restart(self, options: Options) -> None:
         """As `Buckets.restart`. The next step begins as the first one did: the ranks compare what they hold."""
@@ -336,6 +460,8 @@ class Session(Buckets[Handle]):
         for bucket in self.buckets:
             rates = [change.rates.get(name, 1.0) for name in bucket.names]
             rescale(bucket, change.scale, rates, self.units.scale)
+        for step in self._late:
+            step.rescale(change)
         if self._may_freeze and self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self.frozen.update(p, self.bucket_of[p])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol
 
 from torch import Tensor
 
 from .checksum import digest
 from .exchange import Exchange, Handle, InFlight
 from .pipeline import Pipeline
-from .units import Units
+from .units import Change, Units
 
 
 @dataclass(eq=False)
@@ -32,6 +32,13 @@ def changed_too_early(what: str) -> RuntimeError:
     )
 
 
+class Uncompressed(Protocol):
+    """The gradients of a step that no exchange takes, on their way."""
+
+    def averages(self) -> Mapping[Tensor, Tensor]:
+        """The aggregated gradient of each parameter; waits for them."""
+
+
 class Step(Generic[Handle]):
     """One step of an optimizer. Its exchanges are in the pipeline, where those of earlier steps may still be.
 
@@ -49,6 +56,10 @@ class Step(Generic[Handle]):
         Of the gradients: where a scaler of the loss may skip the step, nothing is decoded before it is known whether.
     checks_values
         Whether a change of a gradient is found by its values too, which costs a pass: through ``p.grad.data`` no version tells.
+    late
+        Whether what it brings is written to the gradients of a later step, by `deliver`.
+    label
+        As for `InFlight`.
     """
 
     def __init__(
@@ -59,6 +70,8 @@ class Step(Generic[Handle]):
         held: bool,
         units: Units,
         checks_values: bool = False,
+        late: bool = False,
+        label: str = "",
     ) -> None:
         self.gradients: dict[Tensor, Tensor] = {}
         """The gradient of each parameter that has one, as it was handed over."""
@@ -66,6 +79,22 @@ class Step(Generic[Handle]):
         """Parameters with a gradient, whether it is compressed or not."""
         self.flushed = False
         """Whether backward has ended."""
+        self.queued = False
+        """Whether it waits for the step that gets its results, or has been that one itself."""
+        self.late = late
+        self.label = label
+        self.works: list[_BucketInFlight[Handle]] = []
+        """Its exchanges, once they have begun."""
+        self.uncompressed: Uncompressed | None = None
+        """The rest, of a step that is late."""
+        self.frozen_everywhere: set[Tensor] = set()
+        """Parameters that are frozen on all ranks, once that is known."""
+        self.taking_part: Handle | None = None
+        """The sum of who takes part, under way, where nobody waits for it before the step is due."""
+        self.scale = 1.0
+        """By what the loss scale has changed since: new over old."""
+        self.rates: dict[str, float] = {}
+        """By what to multiply what it brings of a parameter for the sake of its learning rate."""
         self._pipeline = pipeline
         self._in_order = in_order
         self._held = held
@@ -119,7 +148,30 @@ class Step(Generic[Handle]):
                 )
         del self._missing[bucket]
         bucket.exchange.streams.wait_for_producers(gradients)
-        self._pipeline.add(_BucketInFlight(self, bucket, gradients, self._units.may_skip))
+        work = _BucketInFlight(self, bucket, gradients, self._units.may_skip)
+        self.works.append(work)
+        self._pipeline.add(work)
+
+    def deliver(self, gradients: Mapping[Tensor, Tensor], writer: Step[Handle]) -> None:
+        """Says where what it brings is to be written to: to the gradients of the step that is its `writer`."""
+        self.set_factors()
+        for work in self.works:
+            work.write_to(writer, [gradients[p] for p in work.bucket.parameters])
+
+    def rescale(self, change: Change) -> None:
+        """Units have changed while it is under way."""
+        self.scale *= change.scale
+        for name, rate in change.rates.items():
+            self.rates[name] = self.rates.get(name, 1.0) * rate
+
+    def set_factors(self) -> None:
+        """Tells its exchanges by what to multiply what they bring."""
+        for work in self.works:
+            work.factors = self.factors(work.bucket.names)
+
+    def factors(self, names: Sequence[str]) -> list[float]:
+        """By what to multiply what it brings of some parameters."""
+        return [self.scale * self.rates.get(name, 1.0) for name in names]
 
     def changed(self, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
@@ -149,12 +201,22 @@ class _BucketInFlight(InFlight[Handle]):
     """The exchange of a bucket of parameters, whose gradients may not be contiguous."""
 
     def __init__(self, step: Step[Handle], bucket: Bucket[Handle], gradients: Sequence[Tensor], held: bool) -> None:
-        self._step, self._bucket, self._gradients = step, bucket, gradients
+        self.bucket = bucket
+        self._step, self._gradients = step, [] if step.late else gradients
+        dense = self._contiguous(gradients)
+        super().__init__(bucket.exchange, dense, None if step.late else dense, held, step.label)
+
+    def _contiguous(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         dense = [gradient.detach().contiguous() for gradient in gradients]
         for gradient, copy in zip(gradients, dense, strict=True):
             if not gradient.is_contiguous():
-                bucket.exchange.streams.record_stream(copy)
-        super().__init__(bucket.exchange, dense, dense, held)
+                self.bucket.exchange.streams.record_stream(copy)
+        return dense
+
+    def write_to(self, step: Step[Handle], gradients: Sequence[Tensor]) -> None:
+        """Says to which gradients of which step a late step is to be written."""
+        self._step, self._gradients = step, gradients
+        self.destination = self._contiguous(gradients)
 
     def finish(self) -> None:
         if self.cancelled:
@@ -162,4 +224,4 @@ class _BucketInFlight(InFlight[Handle]):
         for gradient, result in zip(self._gradients, self.destination, strict=True):
             if not gradient.is_contiguous():
                 gradient.detach().copy_(result)
-        self._step.note_written(self._bucket)
+        self._step.note_written(self.bucket)

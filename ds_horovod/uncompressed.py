@@ -22,6 +22,13 @@ def require_dense(name: str, gradient: Tensor, option: str, value: float) -> Non
         )
 
 
+def put_rescaled(gradient: Tensor, values: Tensor, factor: float) -> Tensor:
+    """gradient = factor * values, rounded to its dtype; what is finite stays finite. Returns the gradient."""
+    largest = torch.finfo(gradient.dtype).max
+    scaled = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
+    return gradient.copy_(torch.where(values.isfinite(), scaled.clamp(-largest, largest), values))
+
+
 def clip(gradients: Sequence[tuple[str, Tensor]], max_norm: float) -> None:
     """Scales gradients so that their l2 norm, over all of them, is `max_norm` at most; where it is not finite, not at all.
 

@@ -12,7 +12,7 @@ from horovod_jobs import ROOT, horovodrun, run_ranks
 
 WORKERS = ROOT / "tests" / "workers"
 # What optimizers leave behind that were dropped in mid-step must not reach other checks.
-JOBS = {"all_checks": ["checks", "mixed", "life", "patterns"], "binding": ["binding"]}
+JOBS = {"all_checks": ["checks", "mixed", "life", "patterns"], "binding": ["binding"], "late": ["late"]}
 
 
 @pytest.fixture(scope="module")

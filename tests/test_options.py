@@ -174,6 +174,22 @@ def test_momentum_needs_an_error():
         DoubleSqueeze(TopK(), momentum=0.9, worker_error=False)
 
 
+@pytest.mark.parametrize("staleness", [-1, 5, 1.0, True, "1", None])
+def test_staleness(staleness):
+    with pytest.raises(ValueError, match=f"staleness must be a whole number from 0 to 4, got {staleness!r}"):
+        DoubleSqueeze(staleness=staleness)
+
+
+def test_what_staleness_needs():
+    assert DoubleSqueeze(staleness=np.int64(2), sync_steps=10).options.staleness == 2
+    with pytest.raises(ValueError, match="staleness=1 needs worker_error=True, got False"):
+        DoubleSqueeze(staleness=1, worker_error=False)
+    with pytest.raises(ValueError, match="sync_steps=3 needs staleness, from 1 to 4; got 0"):
+        DoubleSqueeze(sync_steps=3)
+    with pytest.raises(ValueError, match="sync_steps must be a whole number, 0 or more; got -1"):
+        DoubleSqueeze(staleness=1, sync_steps=-1)
+
+
 @pytest.mark.parametrize("steps", [-1, 1.5, None])
 def test_warmup_steps(steps):
     with pytest.raises(ValueError, match=f"warmup_steps must be a whole number, 0 or more; got {steps}"):
@@ -341,7 +357,8 @@ def test_the_signature_is_that_of_the_options():
 def test_tab_completion_shows_what_a_user_calls():
     names = {name for name in dir(DoubleSqueeze()) if not name.startswith("_")}
     assert names == {
-        "broadcast_state", "change_compressor", "compress", "decompress", "explain", "full_state_dict", "load_state_dict",
+        "broadcast_state", "change_compressor", "compress", "decompress", "explain", "flush", "full_state_dict",
+        "load_state_dict",
         "options", "paper", "reset_errors", "state_dict", "stats",
     }  # fmt: skip
 

@@ -66,6 +66,7 @@ def double_squeeze_hook(state: DoubleSqueeze, bucket: GradBucket) -> Future[Tens
             "set torch._dynamo.config.optimize_ddp to True or False"
         )
     if state not in _steps:
+        _require_on_time(state)
         _steps[state] = _Steps(state)
     return _steps[state].take(bucket)
 
@@ -107,6 +108,7 @@ def register(
         state = DoubleSqueeze(state)
     elif not isinstance(state, DoubleSqueeze):
         raise TypeError(f"DoubleSqueeze: state must be a DoubleSqueeze or a compressor, got {state!r}")
+    _require_on_time(state)
     if state.options.lr_aware and optimizer is None:
         raise ValueError("DoubleSqueeze: lr_aware=True needs the optimizer: register(model, state, optimizer=optimizer)")
     if model._comm_hooks:
@@ -127,6 +129,13 @@ def register(
     model.register_forward_pre_hook(_RequireUnchanged({name: (p.dtype, p.device) for name, p in named}))
     _steps[state] = steps
     return state
+
+
+def _require_on_time(state: DoubleSqueeze) -> None:
+    if state.options.staleness:
+        raise ValueError(
+            f"DoubleSqueeze: staleness={state.options.staleness} works with Horovod, and not yet with DistributedDataParallel"
+        )
 
 
 def _exchanged(model: DistributedDataParallel) -> set[Tensor]:

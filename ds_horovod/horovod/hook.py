@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import threading
@@ -27,7 +28,7 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
-from ..uncompressed import warn_of_two_momenta
+from ..uncompressed import put_rescaled, warn_of_two_momenta
 from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
 
@@ -54,11 +55,13 @@ def install() -> None:
         "_DistributedOptimizer._make_hook": ["self", "p"],
         "_DistributedOptimizer._allreduce_grad_async": ["self", "p"],
         "_DistributedOptimizer.synchronize": ["self"],
+        "_DistributedOptimizer.step": ["self", "closure"],
         "_DistributedOptimizer.zero_grad": ["self"],
         "_DistributedAdasumOptimizer.__init__": [
             "self", "params", "named_parameters", "compression", "backward_passes_per_step",
         ],
         "_alltoall_async": ["tensor", "splits", "output", "output_received_splits", "name", "process_set"],
+        "join": ["device"],
         "_allgather_async": ["tensor", "output", "name", "process_set"],
     }  # fmt: skip
     for path, parameters in expected.items():
@@ -74,7 +77,9 @@ def install() -> None:
     optimizer._make_hook = _make_hook(optimizer._make_hook)
     optimizer._allreduce_grad_async = _allreduce_grad_async(optimizer._allreduce_grad_async)
     optimizer.synchronize = _synchronize(optimizer.synchronize)
+    optimizer.step = _step(optimizer.step)
     optimizer.zero_grad = _zero_grad(optimizer.zero_grad)
+    hvd.join = mpi_ops.join = _join(mpi_ops.join)
     adasum.__init__ = _refuse_adasum(adasum.__init__)
 
 
@@ -140,6 +145,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
 def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, original: Callable[..., None]) -> None:
     if squeeze.options.lr_aware and any("lr" not in group for group in call.arguments["params"]):
         raise ValueError("DoubleSqueeze: lr_aware=True needs a learning rate in each of the optimizer's parameter groups")
+    if squeeze.options.staleness:
+        _require_may_be_late(self, squeeze.options.staleness)
     average = is_average(call.arguments["op"])
     groups, process_set = call.arguments["groups"], call.arguments["process_set"]
     call.arguments["compression"] = hvd.Compression.none  # for what stays on Horovod's own path
@@ -150,7 +157,7 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
     if process_set.included() and process_set.size() > 1:
         require_horovod_for(p.device for _, p in parameters if p.requires_grad)
     grouped = _named_groups(groups, parameters)
-    self._double_squeeze_dense = _DenseGradients(lambda p: _send_dense(self, p), lambda sent: _wait_for_dense(self, sent))
+    self._double_squeeze_dense = _new_dense(self)
     self._double_squeeze_lock = threading.RLock()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
     self._double_squeeze_averaged = {}  # identities of gradients, by parameter
@@ -162,8 +169,21 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
         self._parameter_names = _CollectiveNames(reducer, parameters)
         if reducer.session is not None and not reducer.session.buckets:
             _warn_of_nothing_to_compress(reducer)
+    if squeeze.options.staleness:
+        warnings.warn(
+            f"DoubleSqueeze: with staleness={squeeze.options.staleness} each step gets the gradient of an older one, which "
+            "trains worse at the same learning rate, most of all with momentum or Adam: see docs/guide.md",
+            stacklevel=4,
+        )
     if squeeze.options.momentum:
         warn_of_two_momenta(squeeze.options.momentum, self.param_groups, stacklevel=4)
+
+
+def _require_may_be_late(self: Any, staleness: int) -> None:
+    if isinstance(self, torch.optim.LBFGS):
+        raise ValueError(f"DoubleSqueeze: staleness={staleness} cannot work with LBFGS, which needs the gradient of this step")
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        raise ValueError(f"DoubleSqueeze: staleness={staleness} cannot work in an elastic job; leave it out")
 
 
 class _CollectiveNames(Mapping[Tensor, str]):
@@ -300,6 +320,8 @@ class _DenseGradients:
 
     def __init__(self, send: Callable[[Tensor], _Sent], wait: Callable[[_Sent], Tensor]) -> None:
         self._send, self._wait_for = send, wait
+        self.flushed = False
+        """Whether all are on their way."""
         self._waiting: dict[Tensor, None] = {}
         self._under_way: dict[Tensor, _Sent] = {}
         self._results: dict[Tensor, Tensor] = {}
@@ -326,11 +348,15 @@ class _DenseGradients:
         with self._unless_failed():
             self._under_way.update((p, self._send(p)) for p in self._waiting)
         self._waiting.clear()
+        self.flushed = True
+
+    def averages(self) -> dict[Tensor, Tensor]:
+        """The aggregated gradient of each parameter; waits for them."""
+        return {p: self._wait(p) for p in [*self._under_way, *self._results]}
 
     def are_finite(self) -> bool:
         """Whether all aggregated gradients are finite; waits for them."""
-        results = [self._wait(p) for p in [*self._under_way, *self._results]]
-        return all(bool(_values(result).isfinite().all()) for result in results)
+        return all(bool(_values(result).isfinite().all()) for result in self.averages().values())
 
     def result(self, p: Tensor) -> Tensor:
         """The aggregated gradient of a parameter; waits for it."""
@@ -361,6 +387,11 @@ class _DenseGradients:
         self._under_way.clear()
         self._results.clear()
         self._failure = None
+        self.flushed = False
+
+
+def _new_dense(self: Any) -> _DenseGradients:
+    return _DenseGradients(lambda p: _send_dense(self, p), lambda sent: _wait_for_dense(self, sent))
 
 
 def reducer_of_optimizer(self: Any) -> Reducer | None:
@@ -415,13 +446,16 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
     elif known:
         session.unknown.discard(p)
     dense: _DenseGradients = self._double_squeeze_dense
-    if session.admit(p):
+    is_compressed = session.admit(p)
+    session.attach(dense)
+    if is_compressed:
         session.ready(p)
     else:
         small = not p.grad.is_sparse and p.grad.numel() * p.grad.element_size() <= _SMALL_NBYTES
         dense.add(p, late=session.held or small)
 
     def result() -> Tensor:
+        aggregated: Tensor
         session.flush()
         for q in session.unsent():
             dense.add(q, late=False)
@@ -430,8 +464,18 @@ def _hand_over(self: Any, p: Tensor, original: Callable[..., Any]) -> tuple[Any,
             dense.add(p, late=False)
         dense.flush()
         session.drain()
-        session.settle(dense.are_finite)
-        aggregated = dense.result(p) if p in dense else session.finish(p)
+        due = dense if session.due is None else session.due.uncompressed
+        assert isinstance(due, _DenseGradients)
+        session.settle(due.are_finite)
+        if session.covers(p) and p not in dense:
+            aggregated = session.finish(p)
+        elif session.due is None:
+            aggregated = p.grad.zero_()  # type: ignore[union-attr]
+        elif session.due.late:
+            assert p.grad is not None
+            aggregated = put_rescaled(p.grad, due.result(p), *session.due.factors([session.name_of(p)]))
+        else:
+            aggregated = due.result(p)
         if sparse_dim is not None:  # as it was: some optimizers take no other
             p.grad = aggregated.to_sparse(sparse_dim)
             return p.grad.clone()
@@ -511,6 +555,8 @@ def _begin_step(self: Any) -> None:
             reducer.rebind(HorovodTransport(reducer.options.server, self.process_set), reducer.snapshot())
     if reducer.session is not None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
+    if reducer.options.staleness and self._double_squeeze_dense.flushed:  # it is on its way until its step is due
+        self._double_squeeze_dense = _new_dense(self)
     self._double_squeeze_dense.forget()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, True
     _follow_rates(self, reducer)
@@ -523,6 +569,51 @@ def _follow_rates(self: Any, reducer: Reducer) -> None:
         names = {p: name for name, p in self._double_squeeze_parameters}
         rates = {names[p]: float(group["lr"]) for group in self.param_groups for p in group["params"] if p in names}
     reducer.begin_step(rates)
+
+
+def _step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def step(self: Any, closure: Callable[..., Any] | None = None) -> Any:
+        """As Horovod's. With staleness, the optimizer does not take a step for which nothing is due."""
+        reducer = reducer_of_optimizer(self)
+        if reducer is None or not reducer.options.staleness:
+            return original(self, closure)
+        if closure is not None:
+            raise ValueError(
+                f"DoubleSqueeze: staleness={reducer.options.staleness} cannot work with a closure; got {closure!r}"
+            )
+        if self._should_synchronize:
+            self.synchronize()
+        if not reducer.is_due:
+            self._synchronized = False
+            return None
+        with self.skip_synchronize():
+            return original(self)
+
+    return step
+
+
+def _join(original: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(original)
+    def join(*args: Any, **kwargs: Any) -> int:
+        """As Horovod's. Other ranks take it for granted that this one takes part while late steps are under way."""
+        if _late():
+            gc.collect()  # optimizers that nobody has any more
+        for staleness in _late():
+            raise RuntimeError(
+                f"DoubleSqueeze: hvd.join() while gradients are under way, with staleness={staleness}; call "
+                "optimizer.double_squeeze.flush() on all ranks first. A rank that has run out of data calls optimizer.step() "
+                "without backward instead"
+            )
+        return original(*args, **kwargs)
+
+    return join
+
+
+def _late() -> list[int]:
+    """The staleness of optimizers with steps under way whose results are not due yet."""
+    reducers = [reducer for reducer in map(_reducer_of, list(_optimizers)) if reducer is not None]
+    return [r.options.staleness for r in reducers if r.session is not None and r.session.late_steps]
 
 
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
@@ -541,14 +632,18 @@ def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:
 
 def _send_dense(self: Any, p: Tensor) -> _Sent:
     """Sends a gradient on Horovod's own path; by way of a copy what that refuses: bfloat16, or not contiguous."""
-    gradient, name = p.grad, self._parameter_names[p]
+    session = self._double_squeeze_reducer.session
+    gradient, name, late = p.grad, self._parameter_names[p] + session.label, session.options.staleness > 0
     assert gradient is not None
-    if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous()):
+    if gradient.is_sparse or (gradient.dtype != torch.bfloat16 and gradient.is_contiguous() and not late):
         pinned = pin(gradient)
         return _Sent(name, _stock_allreduce(self, p)[0], None, pinned)
     copy = gradient.detach().to(torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype).contiguous()
+    if late:
+        copy = copy.clone()
     pinned = pin(copy)
-    return _Sent(name, hvd.allreduce_async_(copy, name=name, op=self.op, process_set=self.process_set), gradient, pinned)
+    handle = hvd.allreduce_async_(copy, name=name, op=self.op, process_set=self.process_set)
+    return _Sent(name, handle, None if late else gradient, pinned)  # what is late is for another gradient
 
 
 def _wait_for_dense(self: Any, sent: _Sent) -> Tensor:

@@ -54,7 +54,7 @@ def rollback(
     What rounding takes past the largest float stays there: an infinite error would never go away.
     """
     assert state.error is not None
-    bits = (mask[:, None] >> torch.arange(_ROW, dtype=torch.int32, device=mask.device) & 1).bool().view(-1)
+    bits = _unpacked(mask)
     for offset, gradient, own in zip(layout.offsets, gradients, sent, strict=True):
         here = slice(offset, offset + len(own))
         g = gradient.view(-1).float()
@@ -70,3 +70,17 @@ def rollback(
         u[kept] = ((u[kept] - g[kept]) / state.momentum).clamp_(-_LARGEST, _LARGEST)
         gone = where & cleared
         e[gone] = (e[gone] + own[gone] - g[gone]).clamp_(-_LARGEST, _LARGEST)
+
+
+def restore_sent(layout: Layout, sent: Sequence[Tensor], mask: Tensor, factors: Sequence[float], error: Tensor) -> None:
+    """error += factor * what was sent, where the mask says that it has not arrived."""
+    bits = _unpacked(mask)
+    for offset, own, factor in zip(layout.offsets, sent, factors, strict=True):
+        here = slice(offset, offset + len(own))
+        back = torch.where(bits[here] & own.isfinite(), own * factor, 0.0)
+        error[here] = (error[here] + back).clamp_(-_LARGEST, _LARGEST)
+
+
+def _unpacked(mask: Tensor) -> Tensor:
+    """A bool for each element of a bucket."""
+    return (mask[:, None] >> torch.arange(_ROW, dtype=torch.int32, device=mask.device) & 1).bool().view(-1)

@@ -169,13 +169,14 @@ class Exchange(Generic[Handle]):
             payload = streams.record_stream(self.acquire(layout.shards, compressor.chunk_nbytes(layout)))
             compressor.encode(layout, work.source, self.worker, payload)
         self.worker.step += 1
+        is_half = work.source[0].dtype == torch.float16
+        if work.late:
+            work.source = ()  # the optimizer has the gradients from here on
         pushed = yield name + ".push", transport.push(payload, name + ".push")
 
         reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
-        restores, is_half = work.held and not work.late, work.source[0].dtype == torch.float16
+        restores = work.held and not work.late
         before = self.server.error.clone() if restores and self.server.error is not None else None
-        if work.late:
-            work.source = ()  # the optimizer has the gradients from here on
         if self.shard is not None:
             with self.timed("server_pass"):
                 reply = self.acquire(reply_nbytes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_horovod import Compressor, DoubleSqueeze, NoCompression
 from ds_horovod.horovod.transport import HorovodTransport
+from ds_horovod.snapshot import rebind, snapshot
 
 
 class _OnePassTransport(HorovodTransport):
@@ -53,7 +54,7 @@ def use_one_pass(optimizer: Any) -> Callable[[], float]:
     reducer = squeeze._reducer
     if reducer.session is None:
         return lambda: 0.0
-    reducer.rebind(_OnePassTransport(), reducer.snapshot())
+    rebind(reducer, _OnePassTransport(), snapshot(reducer))
 
     def bytes_sent() -> float:
         payloads = sum(squeeze.options.compressor.chunk_nbytes(bucket.exchange.layout) for bucket in reducer.session.buckets)

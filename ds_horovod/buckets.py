@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, Generic, Protocol
+from typing import Generic
 
 from torch import Tensor
 
 from . import residual
-from .exchange import Exchange, Handle, Totals, Transport
+from .exchange import Exchange, Totals
 from .options import Options
 from .residual import Frozen, Residual
 from .selection import Plan, Selection
 from .step import Bucket
+from .transport import GroupTransport, Handle
 from .units import LARGEST
-
-
-class GroupTransport(Transport[Handle], Protocol[Handle]):
-    """A transport that can also compare notes."""
-
-    ranks: list[int]
-    """All ranks of the group, as the user counts them."""
-
-    def gather_objects(self, value: Any, name: str) -> list[Any]:
-        """Every rank's plain value, by rank. Blocks."""
-
-    def sum(self, tensor: Tensor, name: str) -> Tensor:
-        """Of all ranks' tensors. Blocks."""
-
-    def begin_sum(self, tensor: Tensor, name: str) -> Handle | None:
-        """Begins a sum of small tensors over the ranks that take part in this step, which `poll` and `wait` end.
-
-        None: all ranks always take part, and are alike.
-        """
-
-    def unique_name(self, prefix: str) -> str:
-        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
 
 
 class Buckets(Generic[Handle]):
@@ -76,7 +55,7 @@ class Buckets(Generic[Handle]):
         self.frozen = Frozen()
         self._wants_own_name = own_name
         self._changes = 0  # of compressors
-        self.adopt(frozenset(), self.fill(frozenset()))
+        Buckets.adopt(self, frozenset(), self.fill(frozenset()))
 
     @property
     def options(self) -> Options:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .broadcast import broadcast
-from .buckets import GroupTransport
 from .checkpoint import full_state, load, rank_state, require_format
 from .compressors import Compressor, OneBit
 from .eager import TensorReducer
@@ -22,6 +21,7 @@ from .reducer import Reducer
 from .selection import Selection, explain
 from .session import GradientOf
 from .stats import combine_stats, stats_of
+from .transport import GroupTransport
 
 _P = ParamSpec("_P")
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buckets import GroupTransport
 from .checkpoint import is_of_one_rank, load_buckets, require_fits, require_format
 from .options import Options
 from .residual import Residual, split
 from .selection import Selection
 from .session import Session
+from .transport import GroupTransport
 from .uncompressed import Velocities
 from .units import Units
 

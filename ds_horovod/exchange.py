@@ -18,7 +18,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,46 +30,10 @@ from .kernels.fallback import decoded, restore_sent
 from .layout import Layout
 from .options import Options
 from .streams import Streams
+from .transport import Handle, Transport
 from .uncompressed import put_rescaled
 
-Handle = TypeVar("Handle")
 _UNCOMPRESSED = NoCompression()
-
-
-class Transport(Protocol[Handle]):
-    """The collectives that an exchange needs. Names are the same on all ranks, and so are the sizes under a name.
-
-    On a GPU they take tensors that the current stream makes, and give tensors that belong to the device's default stream.
-    """
-
-    rank: int
-    size: int
-    server: int | None
-    """The rank that serves all of every bucket. None: every rank serves its shard."""
-    shards: int
-    """As many as there are servers: `size`, or 1."""
-    serves: int | None
-    """The shard that this rank serves, or None."""
-    in_order: bool
-    """Whether collectives are matched by their order instead of their names. Pushes are matched with pushes then, and pulls
-    with pulls, and all ranks must begin each kind in one order."""
-    stream_ordered: bool
-    """Whether what arrives on a GPU is there only once the device's default stream has come so far."""
-
-    def push(self, payload: Tensor, name: str) -> Handle:
-        """Sends chunk s of ``uint8 (shards, nbytes)`` to the server of shard s, which gets ``(size, nbytes)``."""
-
-    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Handle:
-        """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)`` on a device."""
-
-    def poll(self, handle: Handle) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self, handle: Handle) -> Tensor:
-        """What arrived; to be called once for each handle, when `poll` says so."""
-
-    def waiting(self, seconds: float, names: Sequence[str]) -> None:
-        """Is told, every second or so, of collectives that have been pending for long."""
 
 
 @dataclass

@@ -10,7 +10,8 @@ from typing import Generic
 
 from torch import Tensor
 
-from .exchange import Exchange, Handle, InFlight, Totals, Transport
+from .exchange import Exchange, InFlight, Totals
+from .transport import Handle, Transport
 
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 

@@ -11,39 +11,15 @@ import torch
 from torch import Tensor
 
 from .agreement import require_agreement
-from .buckets import GroupTransport
 from .checksum import checksums
-from .compressors import Compressor
 from .options import Options
 from .residual import Residual
 from .scaling import active_scaler, in_backward
 from .selection import Selection
 from .session import GradientOf, Session
+from .transport import GroupTransport
 from .uncompressed import Velocities, clip
 from .units import Units, rescaled
-
-
-class Shared(NamedTuple):
-    """The part of a snapshot that is the same on all ranks."""
-
-    compressors: tuple[Compressor, Compressor | None]
-    """Of pushes and of replies, None where they are the same."""
-    step: int
-    sparse: list[str]
-    """Names of parameters with sparse gradients."""
-    velocities: dict[str, Tensor]
-    """Of what is not compressed."""
-    late: dict[str, Tensor]
-    """As `Reducer.late`."""
-    units: dict[str, Any]
-
-
-class Snapshot(NamedTuple):
-    """What a rank needs to go on among any number of ranks."""
-
-    residuals: dict[str, Residual]
-    """Its own, by name of parameter."""
-    shared: Shared
 
 
 class Loaded(NamedTuple):
@@ -98,7 +74,7 @@ class Reducer:
         gradient_of: GradientOf = attrgetter("grad"),
         may_freeze: bool = True,
     ) -> None:
-        self._gradient_of = gradient_of
+        self.gradient_of = gradient_of
         self.selection = Selection(options, tuple(map(tuple, groups)))
         self.selection.require_fits(parameters)
         for label, p in parameters:
@@ -116,9 +92,20 @@ class Reducer:
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
         self._late: dict[str, Tensor] = {}  # of parameters that no exchange takes: averages of steps that have been flushed
         self._steps_carried_over = 0
-        self._enter(transport)
+        self.enter(transport)
 
-    def _enter(self, transport: GroupTransport[Any]) -> None:
+    def enter(self, transport: GroupTransport[Any], era: str = "") -> None:
+        """Begins anew among the ranks that a transport reaches, with nothing held.
+
+        Parameters
+        ----------
+        transport
+            To the other ranks.
+        era
+            Part of names that no rank has ever used. Empty: as before.
+        """
+        if era:
+            self._name = f"{self._first_name}.{era}"
         self.transport = transport
         self.session: Session[Any] | None = None
         """The exchange; None for one rank, which has nobody to exchange with."""
@@ -127,7 +114,7 @@ class Reducer:
             weight = 1.0 / transport.size if self._average else 1.0
             self.session = Session(
                 self._name, self.parameters, self.selection, weight, transport, self.units, self._more_to_compare,
-                self._gradient_of, self._may_freeze,
+                self.gradient_of, self._may_freeze,
             )  # fmt: skip
         else:
             self._name_alone = transport.unique_name(self._name)
@@ -202,37 +189,6 @@ class Reducer:
                 carried_over[name] = rescaled(error.clone(), change.scale * change.rates.get(name, 1.0))
         self.velocities.rescale(change.scale)
 
-    def adopt_scaler(self, scaler: Any, exchanged: bool) -> None:
-        """Learns, in mid-step, which scaler scales a loss that was not scaled by its ``scale``.
-
-        Parameters
-        ----------
-        scaler
-            A ``torch.amp.GradScaler``.
-        exchanged
-            Whether the gradients of this step have been exchanged already.
-
-        Raises
-        ------
-        RuntimeError
-            Gradients of this scale have been added to errors of another one.
-        """
-        units, session, scale = self.units, self.session, float(scaler.get_scale())
-        if session is not None and scale != units.scale and (session.step > 1 if exchanged else not session.held):
-            raise RuntimeError(
-                f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
-                f"{units.scale:g}, and gradients of this step have been added to them. Scale the loss with scaler.scale(loss)"
-            )
-        units.adopt(scaler)
-        if not exchanged:
-            self.begin_step({})
-            return
-        units.scale = scale  # of all that has been exchanged, since that was the first step
-        gradients = [self._gradient_of(p) for _, p in self.parameters]
-        if session is not None and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-            session.import_residual({}, session.step)  # the step will be skipped, and before it there was nothing
-            self.velocities.load_state_dict({})
-
     def clip_alone(self) -> None:
         """On one rank, where no exchange does it: clips the gradients before they are used."""
         if self.session is None and self.options.max_norm is not None:
@@ -266,7 +222,7 @@ class Reducer:
                     gradient += carried_over.pop(name).to(gradient.device)
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
-        found = ((name, self._gradient_of(p)) for name, p in self._all_parameters)
+        found = ((name, self.gradient_of(p)) for name, p in self._all_parameters)
         return [(name, gradient) for name, gradient in found if gradient is not None]
 
     # ---- between two steps
@@ -278,7 +234,7 @@ class Reducer:
 
     def late(self) -> dict[str, Tensor]:
         """What waits for the gradients of parameters that no exchange takes, by name, the same on all ranks."""
-        in_flight = {} if self.session is None else self.session.uncompressed_in_flight()
+        in_flight = {} if self.session is None else self.session.late.uncompressed()
         names = [*self._late, *(name for name in in_flight if name not in self._late)]
         parts = {name: [held[name] for held in (self._late, in_flight) if name in held] for name in names}
         return {name: torch.stack(tensors).sum(0) for name, tensors in parts.items()}
@@ -314,7 +270,7 @@ class Reducer:
             residuals, step = session.export_residual(), session.step
             self._late = self.late()
             if not options.worker_error:
-                residuals = _averaged(session, residuals)
+                residuals = averaged(session, residuals)
             session.restart(options)
             session.import_residual(residuals, step)
         self.selection = replace(self.selection, options=options)
@@ -367,45 +323,8 @@ class Reducer:
             session.import_residual(residuals, steps)
         self.velocities.load_state_dict(velocities)
 
-    # ---- going on among other ranks
 
-    def snapshot(self) -> Snapshot:
-        """What this rank needs to go on later, among any number of ranks. Raises RuntimeError while a step is under way."""
-        sparse = [] if self.session is None else sorted(self.session.sparse)
-        velocities = {name: velocity.clone() for name, velocity in self.velocities.state_dict().items()}
-        compressors = self.options.compressor, self.options.server_compressor
-        shared = Shared(compressors, self.steps, sparse, velocities, self.late(), self.units.state_dict())
-        return Snapshot(self.residuals(), shared)
-
-    def rebind(self, transport: GroupTransport[Any], snapshot: Snapshot, era: str = "") -> None:
-        """Goes on among other ranks, with what this one has held before; all of them call it.
-
-        The residuals of the ranks that are still there are those of all from now on.
-
-        Parameters
-        ----------
-        transport
-            To the other ranks.
-        snapshot
-            What this rank has held, and all hold.
-        era
-            Part of names that no rank has ever used: of a collective that began when a rank failed, Horovod may keep the name
-            and the tensor. Empty: as before.
-        """
-        residuals, shared = snapshot
-        if era:
-            self._name = f"{self._first_name}.{era}"
-        compressor, server_compressor = shared.compressors
-        options = replace(self.options, compressor=compressor, server_compressor=server_compressor)
-        self.selection = replace(self.selection, options=options)
-        self._enter(transport)
-        if self.session is not None and not options.worker_error and options.server_error:  # servers take it over
-            residuals = _averaged(self.session, residuals)
-        self.import_all(residuals, shared.step, shared.sparse, shared.velocities, shared.late)
-        self.units.load_state_dict(shared.units)
-
-
-def _averaged(session: Session[Any], residuals: Mapping[str, Residual]) -> dict[str, Residual]:
+def averaged(session: Session[Any], residuals: Mapping[str, Residual]) -> dict[str, Residual]:
     """Errors that are the same on all ranks, each the equal part of what they hold together; all ranks call it."""
     session.agree_on_name()
     result = {}

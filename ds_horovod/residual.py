@@ -122,6 +122,24 @@ def state_of(bucket: Bucket[Any], p: Tensor) -> list[Tensor]:
     return parts if worker.velocity is None else [*parts, worker.velocity[flat]]
 
 
+def keep(bucket: Bucket[Any], p: Tensor, aggregated: Tensor) -> None:
+    """Adds an aggregated gradient of a parameter, the same on all ranks, to the errors, where it is finite.
+
+    Each rank adds it to its worker error, so that the mean of all is larger by just that.
+    """
+    exchange, values = bucket.exchange, aggregated.detach().reshape(-1).float()
+    layout, values = exchange.layout, values.where(values.isfinite(), 0.0)
+    start = layout.offsets[next(i for i, q in enumerate(bucket.parameters) if q is p)]
+    if exchange.worker_error is not None:
+        exchange.worker_error[start : start + values.numel()] += values / (exchange.weight * exchange.transport.size)
+    elif exchange.server_error is not None:
+        at = exchange.server.first_shard * layout.shard_numel - start  # of the shard, in the parameter
+        first, last = max(at, 0), min(at + layout.shard_numel, values.numel())
+        if first < last:
+            exchange.server_error[first - at : last - at] += values[first:last]
+    exchange.streams.publish()
+
+
 def rescale(bucket: Bucket[Any], factor: float, of_parameters: Sequence[float], loss_scale: float) -> None:
     """Multiplies errors and velocity by a factor, and the errors of each parameter by another one; between two steps.
 

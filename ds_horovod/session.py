@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import require_agreement
-from .buckets import Buckets, GroupTransport
-from .exchange import Handle
+from .attendance import Attendance
+from .buckets import Buckets
+from .first_step import compare
+from .late import LateSteps
 from .options import Options
 from .pipeline import Pipeline
-from .residual import Residual, rescale
+from .residual import Residual, keep, rescale
 from .selection import COMPRESSIBLE, Selection
 from .step import Bucket, Step, Uncompressed, changed_too_early
+from .transport import GroupTransport, Handle
 from .uncompressed import clip, require_dense
 from .units import Change, Units
 
@@ -76,16 +77,17 @@ class Session(Buckets[Handle]):
         """Whether the last step is one that a scaler of the loss skips."""
         self._names = {p: n for n, p in parameters}
         self._more_to_compare = more_to_compare
-        self.complete = True
-        """Whether all ranks take part in the step: those that have called hvd.join() do not."""
         self.unknown: set[Tensor] = {p for _, p in parameters}
         """Parameters that have had no gradient yet on this rank."""
-        self._taking_part: Handle | None = None  # the sum of who takes part, under way, without which nothing leaves
+        self.waits_for_ranks = False
+        """Whether it is not known yet which ranks take part in the step, without which nothing leaves."""
+        self.due: Step[Handle] | None = None
+        """The step whose results the step under way gets; None: nothing is due, and its gradients become zero."""
         self._step: Step[Handle] | None = None
-        self._late: deque[Step[Handle]] = deque()  # whose results are not due yet, in their order
-        self._due: Step[Handle] | None = None  # whose results the step under way gets
         super().__init__(name, parameters, selection, weight, transport, own_name=more_to_compare is not None)
         self.pipeline = Pipeline(transport, self.totals)
+        self._hold_errors = False
+        self.late: LateSteps[Handle] = LateSteps(self.options.staleness, self.pipeline, self._names)
 
     @property
     def held(self) -> bool:
@@ -94,7 +96,7 @@ class Session(Buckets[Handle]):
 
     def adopt(self, sparse: Set[str], buckets: list[Bucket[Handle]], hold_errors: bool = False) -> None:
         """Goes on with the buckets that `fill` made, which may hold errors already. What late steps will bring is dropped."""
-        self.drop_late_steps()
+        self.late.drop()
         super().adopt(sparse, buckets)
         self._hold_errors = hold_errors
         if self._step is not None and not self._step.flushed:
@@ -109,16 +111,9 @@ class Session(Buckets[Handle]):
             A sparse gradient of a parameter that has had dense gradients, and an error to compensate, until now; or with
             momentum or clipping.
         """
-        name, gradient, options = self._names[p], self.gradient_of(p), self.options
+        name, gradient = self._names[p], self.gradient_of(p)
         assert gradient is not None
-        if options.momentum:
-            require_dense(name, gradient, "momentum", options.momentum)
-        if options.max_norm is not None:
-            require_dense(name, gradient, "max_norm", options.max_norm)
-        if options.staleness:
-            require_dense(name, gradient, "staleness", options.staleness)
-        if self.covers(p):
-            _require_dtype(name, gradient.dtype, self.bucket_of[p].parameters[0].dtype)
+        self._require_fits(name, gradient, self.bucket_of.get(p))
         if gradient.is_sparse and self.covers(p):
             if self._hold_errors:
                 raise ValueError(
@@ -140,57 +135,59 @@ class Session(Buckets[Handle]):
         self.dense_bytes += gradient.numel() * gradient.element_size()
         return False
 
+    def _require_fits(self, name: str, gradient: Tensor, bucket: Bucket[Handle] | None) -> None:
+        """Raises ValueError for a gradient that an option, or its bucket, cannot take."""
+        for option in ("momentum", "max_norm", "staleness"):
+            value = getattr(self.options, option)
+            if value:
+                require_dense(name, gradient, option, value)
+        if bucket is not None and (gradient.dtype not in COMPRESSIBLE or gradient.dtype != bucket.parameters[0].dtype):
+            raise ValueError(
+                f"DoubleSqueeze: the gradient of {name} is {gradient.dtype}, which it was not when the optimizer was made, and "
+                "cannot be compressed; convert the model, as model.double() does, before making the optimizer"
+            )
+
     def _begin_step(self) -> Step[Handle]:
         """From the second step on, ranks say first that they take part, and what is frozen; nothing leaves before.
 
         While late steps are under way all ranks take part (`hvd.join` is refused), so nobody waits for the others to say so.
         """
-        self.complete, self._taking_part, self._due = True, None, None
-        taking_part, label = None, self._label()
-        if self.started:
-            own = torch.tensor([1.0, *(float(not p.requires_grad) for p in self.bucket_of)], dtype=torch.float32)
-            taking_part = self.transport.begin_sum(own, f"{self.name}.ranks{label}")
-        if not self._late:
-            self._taking_part, taking_part = taking_part, None
-        held = self.held or self._taking_part is not None
+        label = self.late.label(self.step)
+        name, parameters = f"{self.name}.ranks{label}", list(self.bucket_of)
+        attendance = Attendance(self.transport, self.pipeline, name, parameters, self._may_freeze, ask=self.started)
+        self.waits_for_ranks, self.due = attendance.pending and not self.late, None
+        held = self.held or self.waits_for_ranks
         checks_values = self.options.max_norm is None and not self.started
         late = bool(self.options.staleness and self.buckets) and self.step >= self.options.sync_steps
-        step = Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, checks_values, late, label)
-        step.taking_part = taking_part
-        step.frozen_everywhere = {p for p in self.bucket_of if self._may_freeze and not p.requires_grad}
+        step = Step(self.buckets, self.pipeline, self.transport.in_order, held, self.units, attendance, checks_values)
+        step.late, step.label = late, label
         return step
 
-    def _label(self) -> str:
-        """Part of the names of collectives of the coming step: with staleness, those of several are under way at once."""
-        staleness = self.options.staleness
-        return f".{self.step % (staleness + 1)}" if staleness else ""
-
-    def _await_who_takes_part(self, handle: Handle, step: Step[Handle]) -> float:
-        """How many ranks take part in a step, which learns what is frozen."""
-        ranks, *frozen = self.pipeline.wait_for(handle, self.name + ".ranks").tolist()
-        step.frozen_everywhere = {p for p, count in zip(self.bucket_of, frozen, strict=True) if count == ranks}
-        return float(ranks)
-
-    def _note_who_takes_part(self) -> None:
-        handle, self._taking_part = self._taking_part, None
-        assert handle is not None and self._step is not None
-        ranks = self._await_who_takes_part(handle, self._step)
-        self.complete = ranks == self.transport.size
-        if not self.complete and self.options.momentum:
+    def _learn_who_takes_part(self) -> None:
+        step = self._step
+        assert step is not None
+        step.attendance.learn()
+        self.waits_for_ranks = False
+        complete = step.attendance.complete
+        if not complete and self.options.momentum:
+            missing = self.transport.size - step.attendance.ranks
             raise RuntimeError(
-                f"DoubleSqueeze: {self.transport.size - ranks:.0f} ranks have called hvd.join() while others still train, "
-                f"which momentum={self.options.momentum} cannot follow; call optimizer.step() on them, without backward()"
+                f"DoubleSqueeze: {missing} ranks have called hvd.join() while others still train, which "
+                f"momentum={self.options.momentum} cannot follow; call optimizer.step() on them, without backward()"
             )
-        if not self.complete:
-            self._step.late = False  # an allreduce takes its gradients, and they are there when it ends
+        if not complete:
+            step.late = False  # an allreduce takes its gradients, and they are there when it ends
         elif not self.held:
-            self._step.release()
+            step.release()
 
     def unsent(self) -> list[Tensor]:
         """Parameters whose gradients no exchange takes in this step, since ranks are missing; each is given once."""
-        left = [] if self.complete or self._step is None else list(self._step.gradients)
+        step = self._step
+        if step is None or step.attendance.complete:
+            return []
+        left = list(step.gradients)
         for p in left:
-            gradient = self._step.gradients.pop(p)  # type: ignore[union-attr]
+            gradient = step.gradients.pop(p)
             self.dense_bytes += gradient.numel() * gradient.element_size()
         return left
 
@@ -211,8 +208,8 @@ class Session(Buckets[Handle]):
 
     def poll(self) -> None:
         """Does what can be done without waiting."""
-        if self._taking_part is not None and self.transport.poll(self._taking_part):
-            self._note_who_takes_part()
+        if self.waits_for_ranks and self._step is not None and self._step.attendance.poll():
+            self._learn_who_takes_part()
         self.pipeline.poll()
 
     def flush(self) -> None:
@@ -231,54 +228,40 @@ class Session(Buckets[Handle]):
         changed = step.changed(self.gradient_of)
         if changed is not None:
             raise changed_too_early(f"the gradient of {self._names[changed]}")
-        if self._taking_part is not None:
-            self._note_who_takes_part()
+        if self.waits_for_ranks:
+            self._learn_who_takes_part()
         if not self.started:
-            self._agree()
+            self._begin(step)
         if self.options.max_norm is not None:
             found = ((self._names[p], self.gradient_of(p)) for p in step.admitted)
             gradients = [(name, gradient) for name, gradient in found if gradient is not None]
             clip(gradients, self.options.max_norm * self.units.scale)
         step.flushed = True
-        if self.complete:
+        if step.attendance.complete:
             step.release()
 
-    def _agree(self) -> None:
-        """In the first step: the ranks compare what they hold, and learn what only some of them have seen."""
+    def _begin(self, step: Step[Handle]) -> None:
+        """In the first step: from the next one on, buckets leave during backward."""
         self.agree_on_name()
-        own = describe(self) | dict(self._more_to_compare() if self._more_to_compare else {})
-        own["unknown"] = sorted(self._names[p] for p in self.unknown)
-        assert self._step is not None
-        own["frozen"] = sorted(self._names[p] for p in self._step.frozen_everywhere)
-        everyones = self.transport.gather_objects(own, self.name + ".agreement")
-        frozen = set(own["frozen"]).intersection(*(other.pop("frozen") for other in everyones))
-        sparse = sorted({name for other in everyones for name in other["sparse parameters"]})
-        for other in everyones:  # what has no gradient on a rank is sparse there if it is elsewhere
-            unknown = other.pop("unknown")
-            other["sparse parameters"] = [n for n in sparse if n in other["sparse parameters"] or n in unknown]
-        require_agreement(everyones, WAYS_OUT)
+        more = self._more_to_compare() if self._more_to_compare else {}
+        unknown = [self._names[p] for p in self.unknown]
+        sparse, frozen = compare(self, more, unknown, [self._names[p] for p in step.attendance.frozen_everywhere])
         self.started = True
-        if self.sparse != set(sparse):
-            residuals, step = Buckets.export_residual(self), self.step
-            self.adopt(frozenset(sparse), self.fill(frozenset(sparse)))
-            self.import_residual(residuals, step)
+        if self.sparse != sparse:
+            residuals, steps = Buckets.export_residual(self), self.step
+            self.adopt(sparse, self.fill(sparse))
+            self.import_residual(residuals, steps)
         self._hold_errors = True
-        self._step.frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
+        step.attendance.frozen_everywhere = {p for p in self.bucket_of if self._names[p] in frozen}
 
     def drain(self) -> None:
         """Returns when what is due in this step has arrived."""
         step = self._step
         if step is not None and step.flushed and not step.queued:
-            step.queued = True
-            self._late.append(step)
-            if len(self._late) > (self.options.staleness if step.late else 0):
-                self._due = self._late.popleft()
-        due = self._due
-        if due is not None:
-            self.pipeline.drain(due.works)
-            handle, due.taking_part = due.taking_part, None
-            if handle is not None:
-                self._await_who_takes_part(handle, due)
+            self.due = self.late.queue(step)
+        if self.due is not None:
+            self.pipeline.drain(self.due.works)
+            self.due.attendance.learn()
 
     def name_of(self, p: Tensor) -> str:
         """Of a parameter."""
@@ -294,16 +277,6 @@ class Session(Buckets[Handle]):
         """Part of the names of all collectives of the step under way."""
         return "" if self._step is None else self._step.label
 
-    @property
-    def late_steps(self) -> int:
-        """How many are under way whose results are not due yet."""
-        return len(self._late)
-
-    @property
-    def due(self) -> Step[Handle] | None:
-        """The step whose results the step under way gets; None: nothing is due, and its gradients become zero."""
-        return self._due
-
     def settle(self, others_finite: Callable[[], bool] = lambda: True) -> None:
         """Decodes what has waited until it is known whether a scaler of the loss will skip the step.
 
@@ -312,7 +285,7 @@ class Session(Buckets[Handle]):
         others_finite
             Whether all aggregated gradients are finite that no exchange takes; the same on all ranks.
         """
-        step, due = self._step, self._due
+        step, due = self._step, self.due
         if step is None or step.settled:
             return
         step.settled, self.skipped = True, False
@@ -328,7 +301,7 @@ class Session(Buckets[Handle]):
         due.works.clear()  # they hold on to gradients
         if due.late and self.skipped:
             for p, gradient in step.gradients.items():
-                self._keep(p, gradient)
+                keep(self.bucket_of[p], p, gradient)
 
     def finish(self, p: Tensor) -> Tensor:
         """The aggregated gradient of p. All parameters must have been `ready`."""
@@ -340,7 +313,7 @@ class Session(Buckets[Handle]):
         if waits_for:
             raise RuntimeError(f"DoubleSqueeze: the bucket of {self._names[p]} still waits for gradients of {waits_for}")
         gradient = self._step.gradients.pop(p)  # from here on it is the optimizer's, which may free it
-        if self._due is None or p in self._due.frozen_everywhere:
+        if self.due is None or p in self.due.attendance.frozen_everywhere:
             # What is frozen must not move; 1-bit scales that it shares with others leave no zeros.
             gradient.zero_()
         return gradient
@@ -352,52 +325,38 @@ class Session(Buckets[Handle]):
         finite is left out: the exchange has kept those elements in the errors.
         """
         gradient = self.finish(p)
-        self._keep(p, gradient)
+        keep(self.bucket_of[p], p, gradient)
         gradient.zero_()
-
-    def _keep(self, p: Tensor, gradient: Tensor) -> None:
-        """Adds an aggregated gradient, the same on all ranks, to the errors, where it is finite."""
-        bucket = self.bucket_of[p]
-        exchange = bucket.exchange
-        layout, own = exchange.layout, gradient.detach().reshape(-1).float()
-        start, own = layout.offsets[bucket.names.index(self._names[p])], own.where(own.isfinite(), 0.0)
-        if exchange.worker_error is not None:
-            exchange.worker_error[start : start + own.numel()] += own / (self.weight * self.transport.size)
-        elif exchange.server_error is not None:
-            assert self.transport.serves is not None
-            at = self.transport.serves * layout.shard_numel - start  # of the shard, in the parameter
-            first, last = max(at, 0), min(at + layout.shard_numel, own.numel())
-            if first < last:
-                exchange.server_error[first - at : last - at] += own[first:last]
-        exchange.streams.publish()
 
     def cancel(self) -> None:
         """Drops the step under way, as Horovod has: ``optimizer.load_state_dict`` in mid-step.
 
         Collectives that have begun are finished, since other ranks take part in them, and what they bring is dropped.
         """
-        if self._taking_part is not None:
-            self._note_who_takes_part()  # buckets leave then, as they have on ranks that have been quicker to learn it
+        if self.waits_for_ranks:
+            self._learn_who_takes_part()  # buckets leave then, as they have on ranks that have been quicker to learn it
         if self.pipeline.failed:
-            self._late.clear()  # they will never arrive
-        step = None if self._step is None or self._step.queued else self._step
+            self.late.abandon()  # they will never arrive
+        step, self._step = self._step, None
+        if step is not None and step.queued:
+            step = None
         self.pipeline.cancel([] if step is None else step.works)
-        if step is not None and step.taking_part is not None:
-            self._await_who_takes_part(step.taking_part, step)
-        self._step = None
+        if step is not None:
+            step.attendance.learn()
 
     def drop(self) -> None:
         """Drops the step under way without waiting for other ranks, which may not take part any more."""
         self.pipeline.in_flight.clear()
-        self._late.clear()
-        self._step = self._taking_part = self._due = None
+        self.late.abandon()
+        self._step = self.due = None
+        self.waits_for_ranks = False
 
     # ---- between two steps
 
     def require_between_steps(self) -> None:
         """Raises RuntimeError while gradients are under way, but for those of steps that are late."""
-        step, late = self._step, [work for step in self._late for work in step.works]
-        if (step is not None and not step.flushed) or any(work not in late for work in self.pipeline.in_flight):
+        step = self._step
+        if (step is not None and not step.flushed) or not all(self.late.has(work) for work in self.pipeline.in_flight):
             raise RuntimeError(
                 "DoubleSqueeze: gradients are under way; errors can be read or replaced between optimizer.step() and "
                 "backward() alone"
@@ -406,47 +365,16 @@ class Session(Buckets[Handle]):
     def export_residual(self, of_all: bool = False) -> dict[str, Residual]:
         """As `Buckets.export_residual`, with what late steps will bring. Raises RuntimeError while a step is under way."""
         self.require_between_steps()
-        self._await_late()
+        self.late.wait()
         return super().export_residual(of_all)
 
     def residual_in_flight(self, bucket: Bucket[Handle]) -> Tensor | None:
-        """This rank's part of what late steps will bring of a bucket, float32 ``(layout.numel,)``; None where none is."""
-        works = [work for step in self._late for work in step.works if work.bucket is bucket]
-        if not works:
-            return None
-        self._await_late()
-        bucket.exchange.streams.wait_for_side()
-        return torch.stack([bucket.exchange.residual_of(work) for work in works]).sum(0)
-
-    def uncompressed_in_flight(self) -> dict[str, Tensor]:
-        """What late steps will bring of parameters that no exchange takes, by name, the same on all ranks; waits for it."""
-        result: dict[str, Tensor] = {}
-        for step in self._late:
-            for p, average in ({} if step.uncompressed is None else step.uncompressed.averages()).items():
-                name = self._names[p]
-                (factor,) = step.factors([name])
-                wide = average.to(torch.promote_types(average.dtype, torch.float32))
-                part = torch.where(wide.isfinite(), wide, 0.0) * factor
-                result[name] = result[name] + part if name in result else part
-        return result
-
-    def _await_late(self) -> None:
-        for step in self._late:
-            self.pipeline.drain(step.works)
-            step.set_factors()
-
-    def drop_late_steps(self) -> None:
-        """Between two steps: forgets what has been sent and has not been due; its residual is somebody else's from here on."""
-        for step in self._late:
-            self.pipeline.drain(step.works)
-            self.pipeline.drop(step.works)
-            if step.taking_part is not None:
-                self._await_who_takes_part(step.taking_part, step)
-        self._late.clear()
+        """This rank's part of what late steps will bring of a bucket."""
+        return self.late.residual_of(bucket)
 
     def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
         """As `Buckets.import_residual`, in place of what late steps will bring, too."""
-        self.drop_late_steps()
+        self.late.drop()
         super().import_residual(residuals, step)
 
     def restart(self, options: Options) -> None:
@@ -460,44 +388,7 @@ class Session(Buckets[Handle]):
         for bucket in self.buckets:
             rates = [change.rates.get(name, 1.0) for name in bucket.names]
             rescale(bucket, change.scale, rates, self.units.scale)
-        for step in self._late:
-            step.rescale(change)
+        self.late.rescale(change)
         if self._may_freeze and self._step is not None and not self._step.flushed:
             for p in self._step.gradients:
                 self.frozen.update(p, self.bucket_of[p])
-
-
-def _require_dtype(name: str, dtype: torch.dtype, of_bucket: torch.dtype) -> None:
-    if dtype not in COMPRESSIBLE or dtype != of_bucket:
-        raise ValueError(
-            f"DoubleSqueeze: the gradient of {name} is {dtype}, which it was not when the optimizer was made, and cannot "
-            "be compressed; convert the model, as model.double() does, before making the optimizer"
-        )
-
-
-WAYS_OUT = {
-    "weights": "Replicas must start with equal weights. With Horovod, call hvd.broadcast_parameters(model.state_dict(), "
-    "root_rank=0) on all ranks, as the last thing before training: hvd.broadcast_optimizer_state may change weights, where "
-    "weight decay is on. DistributedDataParallel broadcasts them when it is made: change them before that. What is meant to "
-    "differ must not be among the optimizer's parameters.",
-    "loaded state": "Where one rank has loaded a state, call optimizer.double_squeeze.broadcast_state(root_rank=...) on all "
-    "ranks, once the optimizer is made; or load on all ranks.",
-}
-"""What to do where ranks do not agree."""
-
-
-def describe(session: Session[Any]) -> dict[str, Any]:
-    """What ranks compare before their first exchange, as plain values."""
-    options, selection = session.options, session.selection
-    choices = session.parameters if options.choose is not None else []
-    return {
-        **options.description(),
-        "server": session.transport.server,
-        "weight": session.weight,
-        "groups": [" ".join(names) for names in selection.groups],
-        "loss scale": session.units.scale,
-        "parameters": [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in session.parameters],
-        "choice": [f"{name}: {selection.compressor(name, p)!r}" for name, p in choices],
-        "sparse parameters": sorted(session.sparse),
-        "step": session.step,
-    }

@@ -8,9 +8,11 @@ from typing import Generic, Protocol
 
 from torch import Tensor
 
+from .attendance import Attendance
 from .checksum import digest
-from .exchange import Exchange, Handle, InFlight
+from .exchange import Exchange, InFlight
 from .pipeline import Pipeline
+from .transport import Handle
 from .units import Change, Units
 
 
@@ -54,12 +56,10 @@ class Step(Generic[Handle]):
         Whether no bucket leaves before `release`.
     units
         Of the gradients: where a scaler of the loss may skip the step, nothing is decoded before it is known whether.
+    attendance
+        Who takes part in it.
     checks_values
         Whether a change of a gradient is found by its values too, which costs a pass: through ``p.grad.data`` no version tells.
-    late
-        Whether what it brings is written to the gradients of a later step, by `deliver`.
-    label
-        As for `InFlight`.
     """
 
     def __init__(
@@ -69,9 +69,8 @@ class Step(Generic[Handle]):
         in_order: bool,
         held: bool,
         units: Units,
+        attendance: Attendance[Handle],
         checks_values: bool = False,
-        late: bool = False,
-        label: str = "",
     ) -> None:
         self.gradients: dict[Tensor, Tensor] = {}
         """The gradient of each parameter that has one, as it was handed over."""
@@ -81,16 +80,15 @@ class Step(Generic[Handle]):
         """Whether backward has ended."""
         self.queued = False
         """Whether it waits for the step that gets its results, or has been that one itself."""
-        self.late = late
-        self.label = label
+        self.late = False
+        """Whether what it brings is written to the gradients of a later step, by `deliver`."""
+        self.label = ""
+        """As for `InFlight`."""
         self.works: list[_BucketInFlight[Handle]] = []
         """Its exchanges, once they have begun."""
         self.uncompressed: Uncompressed | None = None
         """The rest, of a step that is late."""
-        self.frozen_everywhere: set[Tensor] = set()
-        """Parameters that are frozen on all ranks, once that is known."""
-        self.taking_part: Handle | None = None
-        """The sum of who takes part, under way, where nobody waits for it before the step is due."""
+        self.attendance = attendance
         self.scale = 1.0
         """By what the loss scale has changed since: new over old."""
         self.rates: dict[str, float] = {}

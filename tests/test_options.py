@@ -14,11 +14,12 @@ from ds_horovod import Cast, Compressor, DoubleSqueeze, NoCompression, OneBit, Q
 from ds_horovod.agreement import require_agreement
 from ds_horovod.checksum import checksums
 from ds_horovod.feedback import FeedbackState
+from ds_horovod.first_step import describe
 from ds_horovod.in_process import InProcessTransport
 from ds_horovod.layout import pack
 from ds_horovod.options import Options
 from ds_horovod.selection import Selection
-from ds_horovod.session import Session, describe
+from ds_horovod.session import Session
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, math.nan, math.inf])

@@ -7,6 +7,7 @@ from support import generator
 import ds_horovod
 from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.in_process import InProcessTransport, Workers
+from ds_horovod.snapshot import rebind, snapshot
 
 SHAPES = {"embedding": (30, 40), "matrix": (50, 21), "bias": (50,)}
 
@@ -46,10 +47,10 @@ def total_residual(group):
 def resized(group, n, **options):
     """As an elastic job does it: the first ranks are still there, more may have come."""
     new = workers(n, **options)
-    snapshots = [squeeze._reducer.snapshot() for squeeze in group.squeezes]
+    snapshots = [snapshot(squeeze._reducer) for squeeze in group.squeezes]
     for i, squeeze in enumerate(new.squeezes):
-        own = snapshots[i] if i < len(snapshots) else squeeze._reducer.snapshot()
-        squeeze._reducer.rebind(squeeze._reducer.session.transport, own._replace(shared=snapshots[0].shared))
+        own = snapshots[i] if i < len(snapshots) else snapshot(squeeze._reducer)
+        rebind(squeeze._reducer, squeeze._reducer.session.transport, own._replace(shared=snapshots[0].shared))
     return new
 
 
@@ -132,12 +133,12 @@ def test_one_rank_adds_the_residual_of_several_and_several_continue_with_its_vel
     train(group, generator(4))
     own = group.squeezes[0]._reducer.session.export_residual()
     alone = workers(2, **options).squeezes[0]
-    alone._reducer.rebind(InProcessTransport.group(1)[0], group.squeezes[0]._reducer.snapshot())
+    rebind(alone._reducer, InProcessTransport.group(1)[0], snapshot(group.squeezes[0]._reducer))
     assert alone._reducer.session is None
     assert torch.equal(alone.full_state_dict()["errors"]["matrix"], own["matrix"].error)
     velocities = alone._reducer.velocities.state_dict()
     assert torch.equal(velocities["matrix"], own["matrix"].velocity) and "bias" in velocities
-    snapshot = alone._reducer.snapshot()
+    saved = snapshot(alone._reducer)
     gradients = {name: torch.ones(shape) for name, shape in SHAPES.items()}
     alone._reducer.add_carried_over(gradients.items())
     assert torch.equal(gradients["matrix"], 1 + own["matrix"].error) and torch.equal(gradients["bias"], torch.ones(50))
@@ -145,8 +146,8 @@ def test_one_rank_adds_the_residual_of_several_and_several_continue_with_its_vel
     assert torch.equal(gradients["matrix"], 1 + own["matrix"].error)
     new = workers(3, **options)
     for i, squeeze in enumerate(new.squeezes):
-        kept = snapshot if i == 0 else squeeze._reducer.snapshot()._replace(shared=snapshot.shared)
-        squeeze._reducer.rebind(squeeze._reducer.session.transport, kept)
+        kept = saved if i == 0 else snapshot(squeeze._reducer)._replace(shared=saved.shared)
+        rebind(squeeze._reducer, squeeze._reducer.session.transport, kept)
     for name, (error, velocity) in total_residual(new).items():
         torch.testing.assert_close(error, own[name].error.double())
         torch.testing.assert_close(velocity, own[name].velocity.double())
@@ -269,7 +270,7 @@ def test_names_of_collectives_are_new_where_a_rank_has_failed():
     reducer = workers(2).squeezes[0]._reducer
     names = []
     for era in ("", "1f", "2e", ""):
-        reducer.rebind(InProcessTransport.group(2)[0], reducer.snapshot(), era)
+        rebind(reducer, InProcessTransport.group(2)[0], snapshot(reducer), era)
         names.append([reducer.name, *(bucket.exchange.name for bucket in reducer.session.buckets)])
     first, second, third, fourth = names
     assert not set(first) & set(second) and not set(second) & set(third) and fourth == third

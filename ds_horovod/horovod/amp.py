@@ -50,8 +50,42 @@ def _synchronize(scaler: Any, optimizer: Any, reducer: Reducer) -> None:
     """Averages the gradients before they are unscaled, unless that is done. Errors follow this scaler from now on."""
     if reducer.units.grad_scaler is not scaler:
         if optimizer._double_squeeze_open or are_averaged(optimizer):
-            reducer.adopt_scaler(scaler, exchanged=not optimizer._double_squeeze_open)
+            _adopt(scaler, reducer, exchanged=not optimizer._double_squeeze_open)
         else:  # without backward on this rank, the step begins in synchronize
             reducer.units.adopt(scaler)
     if optimizer._should_synchronize:
         optimizer.synchronize()
+
+
+def _adopt(scaler: Any, reducer: Reducer, exchanged: bool) -> None:
+    """The reducer learns, in mid-step, which scaler scales a loss that was not scaled by its ``scale``.
+
+    Parameters
+    ----------
+    scaler
+        A ``torch.amp.GradScaler``.
+    reducer
+        Of the optimizer.
+    exchanged
+        Whether the gradients of this step have been exchanged already.
+
+    Raises
+    ------
+    RuntimeError
+        Gradients of this scale have been added to errors of another one.
+    """
+    units, session, scale = reducer.units, reducer.session, float(scaler.get_scale())
+    if session is not None and scale != units.scale and (session.step > 1 if exchanged else not session.held):
+        raise RuntimeError(
+            f"DoubleSqueeze: a GradScaler scales the loss by {scale:g}, but the errors are those of gradients scaled by "
+            f"{units.scale:g}, and gradients of this step have been added to them. Scale the loss with scaler.scale(loss)"
+        )
+    units.adopt(scaler)
+    if not exchanged:
+        reducer.begin_step({})
+        return
+    units.scale = scale  # of all that has been exchanged, since that was the first step
+    gradients = [reducer.gradient_of(p) for _, p in reducer.parameters]
+    if session is not None and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
+        session.import_residual({}, session.step)  # the step will be skipped, and before it there was nothing
+        reducer.velocities.load_state_dict({})

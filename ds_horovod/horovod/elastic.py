@@ -10,6 +10,7 @@ from horovod.torch.elastic import state as stock
 
 from ..checkpoint import full_state_of_one, load
 from ..double_squeeze import DoubleSqueeze, reducer_of
+from ..snapshot import rebind, snapshot
 from .transport import HorovodTransport
 
 _handled: weakref.WeakSet[DoubleSqueeze] = weakref.WeakSet()
@@ -30,7 +31,7 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
 
     def save(self) -> None:
         """`TorchState.commit`."""
-        self._saved = reducer_of(self.value).snapshot()
+        self._saved = snapshot(reducer_of(self.value))
         self._restored = False
 
     def restore(self) -> None:
@@ -40,14 +41,14 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
     def sync(self) -> None:
         """`TorchState.sync`: ranks have come or gone, or training begins."""
         reducer = reducer_of(self.value)
-        own = self._saved if self._restored else reducer.snapshot()
+        own = self._saved if self._restored else snapshot(reducer)
         # What rank 0 alone may have loaded, as Horovod's examples do.
         of_all = not self._restored and reducer.loaded is not None and reducer.loaded.of_all
         loaded = full_state_of_one(reducer) if of_all and hvd.rank() == 0 else None
         # It pickles, as Horovod's elastic states do on their way from rank 0 anyway: newcomers need compressors of any class.
         everyones = own.shared, loaded, secrets.token_hex(4)
         shared, loaded, era = hvd.broadcast_object(everyones, root_rank=0, name="doublesqueeze.elastic")
-        reducer.rebind(HorovodTransport(reducer.options.server), own._replace(shared=shared), era)
+        rebind(reducer, HorovodTransport(reducer.options.server), own._replace(shared=shared), era)
         if loaded is not None:
             load(reducer, loaded)
         self.save()

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
+from ..snapshot import rebind, snapshot
 from ..uncompressed import put_rescaled, warn_of_two_momenta
 from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
@@ -552,7 +553,7 @@ def _begin_step(self: Any) -> None:
         require_handler(self.double_squeeze)
         # Where ranks have only left, Horovod does not synchronize states.
         if reducer.transport.size != self.process_set.size():
-            reducer.rebind(HorovodTransport(reducer.options.server, self.process_set), reducer.snapshot())
+            rebind(reducer, HorovodTransport(reducer.options.server, self.process_set), snapshot(reducer))
     if reducer.session is not None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
     if reducer.options.staleness and self._double_squeeze_dense.flushed:  # it is on its way until its step is due
@@ -613,7 +614,7 @@ def _join(original: Callable[..., int]) -> Callable[..., int]:
 def _late() -> list[int]:
     """The staleness of optimizers with steps under way whose results are not due yet."""
     reducers = [reducer for reducer in map(_reducer_of, list(_optimizers)) if reducer is not None]
-    return [r.options.staleness for r in reducers if r.session is not None and r.session.late_steps]
+    return [r.options.staleness for r in reducers if r.session is not None and r.session.late]
 
 
 def _zero_grad(original: Callable[..., None]) -> Callable[..., None]:

@@ -814,7 +814,7 @@ def load_state_dict_in_mid_step():
             accumulate(model, step, passes)
             if step == 2:  # in flight, and then forgotten; on one rank alone it is known by then that all take part
                 session = optimizer.double_squeeze._reducer.session
-                while hvd.rank() == 0 and session._taking_part is not None:
+                while hvd.rank() == 0 and session.waits_for_ranks:
                     session.poll()
                 optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.zero_grad()

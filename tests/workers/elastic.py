@@ -19,6 +19,7 @@ from checking import assert_identical, batch, flat, small_model, squeeze
 from torch.nn.functional import cross_entropy
 
 from ds_horovod import OneBit, TopK
+from ds_horovod.snapshot import snapshot
 
 HOSTS = Path(sys.argv[1])
 OPTIONS = {"momentum": 0.5} if "momentum" in sys.argv else {}
@@ -119,7 +120,7 @@ def train(state):
             elif state.steps_of_stage == STEPS and hvd.rank() == 0:
                 HOSTS.write_text(hosts)
             time.sleep(0.05)
-        own = {name: error.double() for name, (error, _) in compression._reducer.snapshot().residuals.items()}
+        own = {name: error.double() for name, (error, _) in snapshot(compression._reducer).residuals.items()}
         committed = {name: own.get(name, zeros[name]) for name in zeros}
         state.commit()
     print(f"elastic: ok, {state.step} steps, |x| = {float(flat(model.parameters()).norm()):.4f}", flush=True)

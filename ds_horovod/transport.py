@@ -1,0 +1,70 @@
+"""What an exchange asks of the network: Horovod's, torch's, or other workers in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Handle = TypeVar("Handle")
+"""Of a collective under way."""
+
+
+class Transport(Protocol[Handle]):
+    """The collectives that an exchange needs. Names are the same on all ranks, and so are the sizes under a name.
+
+    On a GPU they take tensors that the current stream makes, and give tensors that belong to the device's default stream.
+    """
+
+    rank: int
+    size: int
+    server: int | None
+    """The rank that serves all of every bucket. None: every rank serves its shard."""
+    shards: int
+    """As many as there are servers: `size`, or 1."""
+    serves: int | None
+    """The shard that this rank serves, or None."""
+    in_order: bool
+    """Whether collectives are matched by their order instead of their names. Pushes are matched with pushes then, and pulls
+    with pulls, and all ranks must begin each kind in one order."""
+    stream_ordered: bool
+    """Whether what arrives on a GPU is there only once the device's default stream has come so far."""
+
+    def push(self, payload: Tensor, name: str) -> Handle:
+        """Sends chunk s of ``uint8 (shards, nbytes)`` to the server of shard s, which gets ``(size, nbytes)``."""
+
+    def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Handle:
+        """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)`` on a device."""
+
+    def poll(self, handle: Handle) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self, handle: Handle) -> Tensor:
+        """What arrived; to be called once for each handle, when `poll` says so."""
+
+    def waiting(self, seconds: float, names: Sequence[str]) -> None:
+        """Is told, every second or so, of collectives that have been pending for long."""
+
+
+class GroupTransport(Transport[Handle], Protocol[Handle]):
+    """A transport that can also compare notes."""
+
+    ranks: list[int]
+    """All ranks of the group, as the user counts them."""
+
+    def gather_objects(self, value: Any, name: str) -> list[Any]:
+        """Every rank's plain value, by rank. Blocks."""
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """Of all ranks' tensors. Blocks."""
+
+    def begin_sum(self, tensor: Tensor, name: str) -> Handle | None:
+        """Begins a sum of small tensors over the ranks that take part in this step, which `poll` and `wait` end.
+
+        None: all ranks always take part, and are alike.
+        """
+
+    def unique_name(self, prefix: str) -> str:
+        """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Integral
 from operator import attrgetter
@@ -91,6 +92,11 @@ class DoubleSqueeze:
         worse, see docs/guide.md. It needs ``worker_error=True``.
     sync_steps
         First steps in which nothing comes late, where ``staleness`` is on.
+    model
+        With ``staleness``: the model that is trained, for tentative steps. In training, its weights are where the updates
+        under way are expected to lead them, from its forward to the end of backward: by steps of the optimizer with this
+        rank's own gradients in place of their averages. Nowhere else does anybody see them. That takes nearly all away that a
+        late gradient costs; it takes as much memory as the weights for each step of staleness. See `attach` and `tentative`.
     server
         The rank that serves everything, as in the paper. Default None: sharded over all ranks.
     bucket_cap_mb
@@ -122,7 +128,7 @@ class DoubleSqueeze:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: an instance for another model, of the same options, which holds nothing."""
-        return {"_options": self.options, "_reducer": None, "_loaded": None, "_root_rank": None}
+        return {"_options": replace(self.options, model=None), "_reducer": None, "_loaded": None, "_root_rank": None}
 
     @property
     def options(self) -> Options:
@@ -283,6 +289,37 @@ class DoubleSqueeze:
             self._root_rank = root_rank
         else:
             broadcast(self._reducer, root_rank)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """With ``staleness``: takes tentative steps with a model, as ``model=`` does; before the optimizer is made or later.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no module, or none of its parameters is the optimizer's; or ``staleness`` is 0.
+        """
+        options = replace(self.options, model=model)
+        if self._reducer is None:
+            self._options = options
+        elif isinstance(self._reducer, Reducer):
+            self._reducer.attach(model)
+
+    @contextmanager
+    def tentative(self) -> Iterator[None]:
+        """Takes a tentative step for the forward and backward inside, of code that no ``model=`` stands for.
+
+        ::
+
+            with squeeze.tentative():
+                loss = loss_of(weights)
+                loss.backward()
+            optimizer.step()
+
+        Weights are themselves again afterwards, bit for bit. Without ``staleness``, and on one rank, nothing happens.
+        """
+        steps = self._reducer.tentative_steps() if isinstance(self._reducer, Reducer) else None
+        with nullcontext() if steps is None else steps.entered_here():
+            yield
 
     def flush(self) -> None:
         """With ``staleness``: moves what has been sent and is not due yet to the errors; all ranks call it, between two steps.

@@ -32,6 +32,7 @@ from .options import Options
 from .streams import Streams
 from .transport import Handle, Transport
 from .uncompressed import put_rescaled
+from .units import rescaled
 
 _UNCOMPRESSED = NoCompression()
 
@@ -142,7 +143,7 @@ class Exchange(Generic[Handle]):
         restores = work.held and not work.late
         before = self.server.error.clone() if restores and self.server.error is not None else None
         if self.shard is not None:
-            with self.timed("server_pass"):
+            with self.timed("server_pass"), self._in_units_of(work):
                 reply = self.acquire(reply_nbytes)
                 reply_compressor.serve(self.shard, pushed, compressor, self.weight, self.server, reply)
                 if is_half:
@@ -172,6 +173,23 @@ class Exchange(Generic[Handle]):
             self.release(payload)
             if reply is not None:
                 self.release(reply)
+
+    @contextlib.contextmanager
+    def _in_units_of(self, work: InFlight[Handle]) -> Iterator[None]:
+        """The server error in the units that what was pushed is in: others may have come since, where a step is late."""
+        error, factors = self.server.error, work.factors
+        if error is None or all(factor == 1.0 for factor in factors):
+            yield
+            return
+        parts = [
+            (error[piece.offset :][: piece.numel], factors[piece.tensor])
+            for piece in self.layout.pieces[self.server.first_shard]
+        ]
+        for part, factor in parts:
+            rescaled(part, 1 / factor)
+        yield
+        for part, factor in parts:
+            rescaled(part, factor)
 
     def _decode_late(self, work: InFlight[Handle]) -> None:
         """Writes the replies of a step that is long over.
@@ -298,8 +316,6 @@ class InFlight(Generic[Handle]):
         self.late = destination is None
         self.held = held or self.late
         self.destination: Sequence[Tensor] = destination or ()
-        self.factors: Sequence[float] = ()
-        """By what to multiply each result of a late step, since units have changed."""
         self.replied: Replied | None = None
         """Of a step that is held, once it is `arrived`."""
         self.skipped: bool | None = None
@@ -313,6 +329,11 @@ class InFlight(Generic[Handle]):
         """The name of the collective under way."""
         self._steps = exchange.step(self)
         self._wait_for(next(self._steps))
+
+    @property
+    def factors(self) -> Sequence[float]:
+        """By what to multiply what a late step brings of each tensor, since units have changed after it was sent."""
+        return [1.0] * len(self.exchange.layout.numels)
 
     def poll(self, stages: int) -> bool:
         """Goes on as far as possible without blocking, until so many collectives are done. Returns whether all are."""

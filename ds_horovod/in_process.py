@@ -209,6 +209,14 @@ class Workers:
             own = [(name, p.detach().clone().requires_grad_(p.requires_grad)) for name, p in parameters]
             self.reducers.append(bind(squeeze, "workers", own, True, transport))
 
+        for session in self.sessions:
+            session.late.keeps_estimates = True
+
+    def estimates(self, worker: int) -> list[dict[str, Tensor]]:
+        """What a worker expects of the averages that are under way, by step and name of parameter: its own gradients."""
+        session = self.sessions[worker]
+        return [{session.name_of(p): own for p, own in estimate.items()} for estimate in session.late.estimates()]
+
     @property
     def sessions(self) -> list[Session[Any]]:
         """One for each worker."""

@@ -35,6 +35,10 @@ class LateSteps(Generic[Handle]):
         self._pipeline = pipeline
         self._names = names
         self._steps: deque[Step[Handle]] = deque()
+        self.keeps_estimates = False
+        """Whether each step keeps this rank's gradients, as an estimate of the averages that it will bring."""
+        self.changes = 0
+        """How often a step has come or gone."""
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -46,6 +50,7 @@ class LateSteps(Generic[Handle]):
     def queue(self, step: Step[Handle]) -> Step[Handle] | None:
         """Takes a step whose buckets have left. Returns the one whose results are due now, if any."""
         step.queued = True
+        self.changes += 1
         self._steps.append(step)
         return self._steps.popleft() if len(self._steps) > (self._staleness if step.late else 0) else None
 
@@ -53,11 +58,16 @@ class LateSteps(Generic[Handle]):
         """Whether an exchange is that of a step here."""
         return any(work is own for step in self._steps for own in step.works)
 
+    def estimates(self) -> list[dict[Tensor, Tensor]]:
+        """Of the averages that are under way, unscaled; by step. Only that of the step that is due next may be used up."""
+        is_due = len(self._steps) == self._staleness
+        found = [step.estimate if i == 0 and is_due else dict(step.estimate) for i, step in enumerate(self._steps)]
+        return [estimate for estimate in found if estimate]
+
     def wait(self) -> None:
         """Returns once all is there."""
         for step in self._steps:
             self._pipeline.drain(step.works)
-            step.set_factors()
 
     def residual_of(self, bucket: Bucket[Handle]) -> Tensor | None:
         """This rank's part of what they will bring of a bucket, float32 ``(layout.numel,)``; None where none is."""
@@ -80,6 +90,11 @@ class LateSteps(Generic[Handle]):
                 result[name] = result[name] + part if name in result else part
         return result
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `drop` would return at once."""
+        return all(step.attendance.poll() and all(work.arrived for work in step.works) for step in self._steps)
+
     def rescale(self, change: Change) -> None:
         """Units have changed."""
         for step in self._steps:
@@ -91,8 +106,9 @@ class LateSteps(Generic[Handle]):
             self._pipeline.drain(step.works)
             self._pipeline.drop(step.works)
             step.attendance.learn()
-        self._steps.clear()
+        self.abandon()
 
     def abandon(self) -> None:
         """Forgets them without waiting for other ranks."""
         self._steps.clear()
+        self.changes += 1

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compressors import Compressor, Quantize
 from .compressors.checks import is_whole
@@ -44,6 +44,7 @@ class Options:
     lr_aware: bool = False
     staleness: int = 0
     sync_steps: int = 0
+    model: nn.Module | None = None
     server: int | None = None
     bucket_cap_mb: float | None = 25.0
     min_numel: int = 4096
@@ -74,6 +75,10 @@ class Options:
             raise ValueError(f"DoubleSqueeze: momentum={self.momentum!r} needs worker_error=True, got {self.worker_error!r}")
         if self.staleness and not self.worker_error:  # what is under way goes back into it, so that nothing is ever lost
             raise ValueError(f"DoubleSqueeze: staleness={self.staleness!r} needs worker_error=True, got {self.worker_error!r}")
+        if self.model is not None and not isinstance(self.model, nn.Module):
+            raise TypeError(f"DoubleSqueeze: model must be a torch.nn.Module, or None; got {self.model!r}")
+        if self.model is not None and not self.staleness:
+            raise ValueError(f"DoubleSqueeze: model= needs staleness, from 1 to {MOST_STALE}; got 0")
         if self.sync_steps and not self.staleness:
             raise ValueError(f"DoubleSqueeze: sync_steps={self.sync_steps!r} needs staleness, from 1 to {MOST_STALE}; got 0")
 
@@ -112,12 +117,13 @@ class Options:
     def __repr__(self) -> str:
         """The call that makes them, with only what differs from the defaults."""
         given = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        arguments = [repr(value) if name == "compressor" else f"{name}={value!r}" for name, value in given]
+        shown = {"model": type(self.model).__name__}
+        arguments = [repr(value) if name == "compressor" else f"{name}={shown.get(name, repr(value))}" for name, value in given]
         return f"DoubleSqueeze({', '.join(arguments)})"
 
     def description(self) -> dict[str, Any]:
         """What ranks compare, as plain values. Choices are compared parameter by parameter, since functions have no value."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("choose", "grad_scaler")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("choose", "grad_scaler", "model")}
         return plain | {"compressor": repr(self.compressor), "server_compressor": repr(self.reply_compressor)}
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .agreement import require_agreement
 from .checksum import checksums
@@ -17,6 +17,7 @@ from .residual import Residual
 from .scaling import active_scaler, in_backward
 from .selection import Selection
 from .session import GradientOf, Session
+from .tentative import Tentative, TentativeSteps
 from .transport import GroupTransport
 from .uncompressed import Velocities, clip
 from .units import Units, rescaled
@@ -92,6 +93,8 @@ class Reducer:
         self._carried_over: dict[str, Tensor] = {}  # on one rank: the residuals of times when there were several
         self._late: dict[str, Tensor] = {}  # of parameters that no exchange takes: averages of steps that have been flushed
         self._steps_carried_over = 0
+        self.tentative: TentativeSteps | None = None
+        """With staleness, where several ranks train."""
         self.enter(transport)
 
     def enter(self, transport: GroupTransport[Any], era: str = "") -> None:
@@ -224,6 +227,35 @@ class Reducer:
     def _gradients(self) -> list[tuple[str, Tensor]]:
         found = ((name, self.gradient_of(p)) for name, p in self._all_parameters)
         return [(name, gradient) for name, gradient in found if gradient is not None]
+
+    def take_tentative_steps(self, tentative: Tentative) -> None:
+        """With staleness: where `attach` has named a model, or `DoubleSqueeze.tentative` is used."""
+        if self.session is not None:
+            late = self.session.late
+            self.tentative = TentativeSteps(tentative, late.estimates, lambda: late.changes)
+            if self.options.model is not None:
+                self.attach(self.options.model)
+
+    def tentative_steps(self) -> TentativeSteps | None:
+        """From now on each step keeps what they need; None where nothing is ever late."""
+        if self.tentative is not None and self.session is not None:
+            self.session.late.keeps_estimates = True
+        return self.tentative
+
+    def attach(self, model: nn.Module) -> None:
+        """Takes tentative steps in each forward and backward of a model in training.
+
+        Raises
+        ------
+        ValueError
+            None of its parameters is the optimizer's.
+        """
+        own = {p for _, p in self.parameters}
+        if not any(p in own for p in model.parameters()):
+            raise ValueError(f"DoubleSqueeze: model must have parameters of the optimizer; {type(model).__name__} has none")
+        steps = self.tentative_steps()
+        if steps is not None:
+            steps.attach(model)
 
     # ---- between two steps
 

@@ -170,6 +170,9 @@ class Frozen:
     def __contains__(self, p: object) -> bool:
         return p in self._stashed
 
+    def __len__(self) -> int:
+        return len(self._stashed)
+
     def update(self, p: Tensor, bucket: Bucket[Any]) -> None:
         """Stashes the state of a parameter that is frozen now, and restores that of one that is trained again."""
         if not p.requires_grad and p not in self._stashed:

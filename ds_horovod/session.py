@@ -128,6 +128,8 @@ class Session(Buckets[Handle]):
         self.admitted += 1
         if self.covers(p):
             if self._may_freeze:
+                if p.requires_grad == (p in self.frozen):
+                    self.late.wait()  # what has been sent before is served with all of the errors
                 self.frozen.update(p, self.bucket_of[p])
             return True
         if gradient.is_sparse:
@@ -258,6 +260,8 @@ class Session(Buckets[Handle]):
         """Returns when what is due in this step has arrived."""
         step = self._step
         if step is not None and step.flushed and not step.queued:
+            if step.late and self.late.keeps_estimates:
+                step.keep_estimate(self.gradient_of)
             self.due = self.late.queue(step)
         if self.due is not None:
             self.pipeline.drain(self.due.works)
@@ -376,6 +380,12 @@ class Session(Buckets[Handle]):
         """As `Buckets.import_residual`, in place of what late steps will bring, too."""
         self.late.drop()
         super().import_residual(residuals, step)
+
+    def restore_frozen(self) -> None:
+        """As `Buckets.restore_frozen`. What has been sent of frozen parameters is served without their errors."""
+        if self.frozen:
+            self.late.wait()
+        super().restore_frozen()
 
     def restart(self, options: Options) -> None:
         """As `Buckets.restart`. The next step begins as the first one did: the ranks compare what they hold."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
+import torch
 from torch import Tensor
 
 from .attendance import Attendance
@@ -86,6 +87,8 @@ class Step(Generic[Handle]):
         """As for `InFlight`."""
         self.works: list[_BucketInFlight[Handle]] = []
         """Its exchanges, once they have begun."""
+        self.estimate: dict[Tensor, Tensor] = {}
+        """Of the averages that it will bring, of a step that is late; see `keep_estimate`."""
         self.uncompressed: Uncompressed | None = None
         """The rest, of a step that is late."""
         self.attendance = attendance
@@ -152,7 +155,6 @@ class Step(Generic[Handle]):
 
     def deliver(self, gradients: Mapping[Tensor, Tensor], writer: Step[Handle]) -> None:
         """Says where what it brings is to be written to: to the gradients of the step that is its `writer`."""
-        self.set_factors()
         for work in self.works:
             work.write_to(writer, [gradients[p] for p in work.bucket.parameters])
 
@@ -162,14 +164,16 @@ class Step(Generic[Handle]):
         for name, rate in change.rates.items():
             self.rates[name] = self.rates.get(name, 1.0) * rate
 
-    def set_factors(self) -> None:
-        """Tells its exchanges by what to multiply what they bring."""
-        for work in self.works:
-            work.factors = self.factors(work.bucket.names)
-
     def factors(self, names: Sequence[str]) -> list[float]:
         """By what to multiply what it brings of some parameters."""
         return [self.scale * self.rates.get(name, 1.0) for name in names]
+
+    def keep_estimate(self, gradient_of: Callable[[Tensor], Tensor | None]) -> None:
+        """Takes this rank's gradients, unscaled, for what their averages will be. Where one is not finite, it takes none."""
+        gradients = [(p, gradient_of(p)) for p in self.admitted]
+        own = {p: gradient.detach() / self._units.scale for p, gradient in gradients if gradient is not None}
+        norms = torch._foreach_norm(list(own.values()))
+        self.estimate = own if all(bool(norm.isfinite()) for norm in norms) else {}
 
     def changed(self, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""
@@ -200,7 +204,8 @@ class _BucketInFlight(InFlight[Handle]):
 
     def __init__(self, step: Step[Handle], bucket: Bucket[Handle], gradients: Sequence[Tensor], held: bool) -> None:
         self.bucket = bucket
-        self._step, self._gradients = step, [] if step.late else gradients
+        self._sent_by = self._written_by = step
+        self._gradients = [] if step.late else gradients
         dense = self._contiguous(gradients)
         super().__init__(bucket.exchange, dense, None if step.late else dense, held, step.label)
 
@@ -211,9 +216,13 @@ class _BucketInFlight(InFlight[Handle]):
                 self.bucket.exchange.streams.record_stream(copy)
         return dense
 
+    @property
+    def factors(self) -> Sequence[float]:
+        return self._sent_by.factors(self.bucket.names)
+
     def write_to(self, step: Step[Handle], gradients: Sequence[Tensor]) -> None:
         """Says to which gradients of which step a late step is to be written."""
-        self._step, self._gradients = step, gradients
+        self._written_by, self._gradients = step, gradients
         self.destination = self._contiguous(gradients)
 
     def finish(self) -> None:
@@ -222,4 +231,4 @@ class _BucketInFlight(InFlight[Handle]):
         for gradient, result in zip(self._gradients, self.destination, strict=True):
             if not gradient.is_contiguous():
                 gradient.detach().copy_(result)
-        self._step.note_written(self.bucket)
+        self._written_by.note_written(self.bucket)

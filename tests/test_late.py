@@ -5,7 +5,7 @@ import torch
 from support import COMPRESSORS
 
 from ds_horovod import DoubleSqueeze, OneBit, Quantize, TopK
-from ds_horovod.in_process import Workers
+from ds_horovod.in_process import InProcessTransport, Workers
 
 SHAPES = {"a": (33, 65), "b": (65,), "c": (47, 65), "d": (7, 47)}
 
@@ -109,3 +109,48 @@ def test_what_comes_late_is_worth_what_it_was_when_the_learning_rate_changes():
     workers.begin_step(0.05)
     for name, held in waits(workers).items():
         assert torch.allclose(held, 2 * before[name], rtol=1e-5, atol=1e-6), name
+
+
+class Slow:
+    """A network on which nothing that a step has sent arrives before the next one begins."""
+
+    def __init__(self, monkeypatch, staleness=1):
+        self.step, self._staleness = 0, staleness
+        arrived = InProcessTransport.poll
+        monkeypatch.setattr(InProcessTransport, "poll", lambda t, handle: self.passes(handle.key) and arrived(t, handle))
+
+    def passes(self, name):
+        return self.step is None or f".{self.step % (self._staleness + 1)}.pu" not in name
+
+
+def all_that_waits(workers, slow):
+    """As `waits`, once all has arrived."""
+    slow.step, step = None, slow.step
+    for _ in "push", "pull":
+        for session in workers.sessions:
+            session.poll()
+    held, slow.step = waits(workers), step
+    return held
+
+
+@pytest.mark.parametrize("server_compressor", [None, OneBit(64)], ids=repr)
+def test_a_server_that_is_slow_knows_in_which_units_a_push_is(monkeypatch, server_compressor):
+    """The loss scale and the learning rates change between a push and its server pass."""
+    slow = Slow(monkeypatch)
+    workers = make(3, TopK(0.2), staleness=1, lr_aware=True, server_compressor=server_compressor)
+    total = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+    rates = [0.1, 0.1, 0.05, 0.2, 0.2, 0.1]
+    for step, (rate, scale) in enumerate(zip(rates, [1.0, 1.0, 2.0, 2.0, 1.0, 4.0], strict=True)):
+        slow.step = step
+        before = (rates[step - 1], workers.reducers[0].units.scale) if step else (rate, scale)
+        for reducer in workers.reducers:
+            reducer.begin_step({name: rate for name, _ in reducer.parameters}, lambda own, scale=scale: scale)
+        gradients = draw(3, step)
+        for i, name in enumerate(total):
+            total[name] *= scale / before[1] * before[0] / rate
+            total[name] += mean(gradients, i)
+        for name, gradient in zip(total, workers.exchange(gradients) or [], strict=step > 0):
+            total[name] -= gradient.double()
+    for name, held in all_that_waits(workers, slow).items():
+        if name != "b":  # no exchange takes it, so that only its scale follows
+            assert (total[name] - held).abs().max() < 1e-4 * (1 + held.abs().max()), name

@@ -28,7 +28,9 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..double_squeeze import DoubleSqueeze, bind
 from ..reducer import Reducer
+from ..session import Session
 from ..snapshot import rebind, snapshot
+from ..tentative import Tentative
 from ..uncompressed import put_rescaled, warn_of_two_momenta
 from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
@@ -38,6 +40,8 @@ _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
 _stock_allreduce: Callable[..., Any] = getattr(stock._DistributedOptimizer, "_allreduce_grad_async", None)  # type: ignore[assignment]
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
 """All that Horovod has made and that are still there, with any compression."""
+_left_behind: list[Session[Any]] = []
+"""Of optimizers that are gone, with late steps under way, whose collectives other ranks wait for."""
 
 
 def install() -> None:
@@ -158,7 +162,6 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
     if process_set.included() and process_set.size() > 1:
         require_horovod_for(p.device for _, p in parameters if p.requires_grad)
     grouped = _named_groups(groups, parameters)
-    self._double_squeeze_dense = _new_dense(self)
     self._double_squeeze_lock = threading.RLock()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, False  # of the step under way
     self._double_squeeze_averaged = {}  # identities of gradients, by parameter
@@ -170,12 +173,10 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
         self._parameter_names = _CollectiveNames(reducer, parameters)
         if reducer.session is not None and not reducer.session.buckets:
             _warn_of_nothing_to_compress(reducer)
-    if squeeze.options.staleness:
-        warnings.warn(
-            f"DoubleSqueeze: with staleness={squeeze.options.staleness} each step gets the gradient of an older one, which "
-            "trains worse at the same learning rate, most of all with momentum or Adam: see docs/guide.md",
-            stacklevel=4,
-        )
+        self._double_squeeze_dense = _new_dense(self, reducer)
+        if squeeze.options.staleness:
+            reducer.take_tentative_steps(Tentative(self, type(self).__base__))
+            weakref.finalize(self, _leave_behind, reducer.sessions)
     if squeeze.options.momentum:
         warn_of_two_momenta(squeeze.options.momentum, self.param_groups, stacklevel=4)
 
@@ -391,8 +392,9 @@ class _DenseGradients:
         self.flushed = False
 
 
-def _new_dense(self: Any) -> _DenseGradients:
-    return _DenseGradients(lambda p: _send_dense(self, p), lambda sent: _wait_for_dense(self, sent))
+def _new_dense(self: Any, reducer: Reducer) -> _DenseGradients:
+    optimizer = weakref.ref(self)  # which may be gone before what is late has come
+    return _DenseGradients(lambda p: _send_dense(optimizer(), p), lambda sent: _wait_for_dense(reducer, sent))
 
 
 def reducer_of_optimizer(self: Any) -> Reducer | None:
@@ -491,6 +493,8 @@ def _synchronize(original: Callable[..., Any]) -> Callable[..., Any]:
         reducer = reducer_of_optimizer(self)
         if reducer is None:
             return original(self)  # type: ignore[no-any-return]
+        if reducer.tentative is not None:
+            reducer.tentative.leave()
         if not self._handles and are_averaged(self):
             return None
         if reducer.session is not None:
@@ -549,6 +553,7 @@ def _require_hooked(self: Any) -> None:
 
 def _begin_step(self: Any) -> None:
     reducer: Reducer = self._double_squeeze_reducer
+    _finish_left_behind(wait=False)
     if os.environ.get("HOROVOD_ELASTIC") == "1":
         require_handler(self.double_squeeze)
         # Where ranks have only left, Horovod does not synchronize states.
@@ -557,7 +562,7 @@ def _begin_step(self: Any) -> None:
     if reducer.session is not None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
     if reducer.options.staleness and self._double_squeeze_dense.flushed:  # it is on its way until its step is due
-        self._double_squeeze_dense = _new_dense(self)
+        self._double_squeeze_dense = _new_dense(self, reducer)
     self._double_squeeze_dense.forget()
     self._double_squeeze_handles, self._double_squeeze_open = self._handles, True
     _follow_rates(self, reducer)
@@ -588,10 +593,23 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
         if not reducer.is_due:
             self._synchronized = False
             return None
+        if reducer.tentative is not None and not reducer.tentative.entered:
+            _warn_of_delay(reducer)
         with self.skip_synchronize():
             return original(self)
 
     return step
+
+
+def _warn_of_delay(reducer: Reducer) -> None:
+    assert reducer.tentative is not None
+    reducer.tentative.entered = True  # once is enough
+    warnings.warn(
+        f"DoubleSqueeze: with staleness={reducer.options.staleness} each step gets the gradient of an older one, and no "
+        "tentative step makes up for it, which trains far worse with momentum or Adam. Pass model=, or run forward and "
+        "backward inside `with optimizer.double_squeeze.tentative()`; see docs/guide.md",
+        stacklevel=3,
+    )
 
 
 def _join(original: Callable[..., int]) -> Callable[..., int]:
@@ -600,6 +618,7 @@ def _join(original: Callable[..., int]) -> Callable[..., int]:
         """As Horovod's. Other ranks take it for granted that this one takes part while late steps are under way."""
         if _late():
             gc.collect()  # optimizers that nobody has any more
+        _finish_left_behind(wait=True)  # as on the other ranks: Horovod cannot join in the middle of an exchange
         for staleness in _late():
             raise RuntimeError(
                 f"DoubleSqueeze: hvd.join() while gradients are under way, with staleness={staleness}; call "
@@ -609,6 +628,23 @@ def _join(original: Callable[..., int]) -> Callable[..., int]:
         return original(*args, **kwargs)
 
     return join
+
+
+def _leave_behind(sessions: Sequence[Session[Any]]) -> None:
+    _left_behind.extend(session for session in sessions if session.late)
+
+
+def _finish_left_behind(wait: bool) -> None:
+    """Goes on with the collectives of optimizers that are gone."""
+    for session in list(_left_behind):
+        done = True  # also where it has failed: nobody will ask for what it brings
+        with contextlib.suppress(Exception):
+            session.poll()
+            done = wait or session.late.arrived
+            if done:
+                session.late.drop()
+        if done:
+            _left_behind.remove(session)
 
 
 def _late() -> list[int]:
@@ -647,10 +683,10 @@ def _send_dense(self: Any, p: Tensor) -> _Sent:
     return _Sent(name, handle, None if late else gradient, pinned)  # what is late is for another gradient
 
 
-def _wait_for_dense(self: Any, sent: _Sent) -> Tensor:
+def _wait_for_dense(reducer: Reducer, sent: _Sent) -> Tensor:
     if callable(sent.handle):
         return sent.handle()  # type: ignore[no-any-return]
-    result: Tensor = self._double_squeeze_reducer.transport.result(sent.handle, sent.name)
+    result: Tensor = reducer.transport.result(sent.handle, sent.name)  # type: ignore[attr-defined]
     return result if sent.copied_from is None else sent.copied_from.copy_(result)
 
 

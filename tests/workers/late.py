@@ -1,5 +1,10 @@
 """Gradients that come late, on a real Horovod: see checking.py."""
 
+import copy
+import gc
+import warnings
+import weakref
+
 import horovod.torch as hvd
 import torch
 from checking import assert_identical, batch, distributed, flat, main, small_model, squeeze, train_step
@@ -7,6 +12,8 @@ from registry import check, raises
 from torch.nn.functional import cross_entropy
 
 from ds_horovod import NoCompression, OneBit, Quantize, RandomK, TopK
+from ds_horovod.exchange import InFlight
+from ds_horovod.uncompressed import clip
 
 
 def backward(model, optimizer, step, scaler=None):
@@ -217,6 +224,24 @@ def ranks_that_join_while_gradients_are_under_way_are_told():
 
 
 @check
+def ranks_that_join_once_the_optimizer_is_gone():
+    """Its last exchange is finished first: Horovod's process crashes where one rank joins and another has begun a reply."""
+    for _ in range(3):
+        model = small_model()
+        optimizer = distributed(model, squeeze(OneBit(64), staleness=1))
+        for step in range(2):
+            train_step(model, optimizer, step)
+        session = optimizer.double_squeeze._reducer.session
+        while hvd.rank() > 0 and any(work.stage < 1 for work in session.pipeline.in_flight):
+            session.poll()
+        gone = weakref.ref(optimizer)
+        del optimizer, session
+        gc.collect()
+        assert gone() is None
+        hvd.join()
+
+
+@check
 def a_step_that_is_dropped_and_one_without_backward():
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(64), staleness=1))
@@ -248,6 +273,150 @@ def late_gradients_of_layers_that_are_frozen_for_a_while():
         train_step(model, optimizer, step)
         assert_identical(model)
         assert not 2 <= step < 5 or torch.equal(before, model[0].weight)
+
+
+def led(model, optimizer, kind, options, estimates):
+    """Where the optimizer would take the weights with estimates of coming averages, by a plain one of its kind."""
+    twin = copy.deepcopy(model)
+    plain = kind(twin.parameters(), **options)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for estimate in estimates:
+        for p, gradient in zip(twin.parameters(), estimate, strict=True):
+            p.grad = gradient
+        plain.step()
+    return [p.detach() for p in twin.parameters()]
+
+
+@check
+def tentative_steps():
+    """Gradients are those at weights that this rank's own pending gradients lead to, and nothing else is another one: a twin
+    that moves its weights by hand stays bit for bit the same, on all ranks."""
+    for kind, options, how, scaled in (
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"staleness": 1}, False),
+        (torch.optim.AdamW, {"lr": 0.01}, {"staleness": 2}, False),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"staleness": 1, "sync_steps": 2}, True),
+        (torch.optim.SGD, {"lr": 0.1}, {"staleness": 1, "max_norm": 0.5, "warmup_steps": 2}, False),
+    ):
+        model, other = small_model(), small_model()
+        optimizer = distributed(model, squeeze(Quantize(4, 64), model=model, **how), kind, options)
+        by_hand = distributed(other, squeeze(Quantize(4, 64), **how), kind, options)
+        scalers = [torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3, enabled=scaled) for _ in range(2)]
+        schedules = [torch.optim.lr_scheduler.StepLR(o, 2) for o in (optimizer, by_hand)]
+        pending, moved = [], 0
+        for step in range(7):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            there = flat(led(other, by_hand, kind, options, pending))
+            assert torch.equal(flat(model.parameters()), there), (kind, how, step)
+            moved += not torch.equal(flat(other.parameters()), there)
+            scalers[0].scale(loss).backward()
+            assert torch.equal(flat(model.parameters()), flat(other.parameters())), (kind, how, step)
+
+            by_hand.zero_grad()
+            true = [p.detach().clone() for p in other.parameters()]
+            for p, value in zip(other.parameters(), led(other, by_hand, kind, options, pending), strict=True):
+                p.data.copy_(value)
+            scalers[1].scale(cross_entropy(other(x), y)).backward()
+            for p, value in zip(other.parameters(), true, strict=True):
+                p.data.copy_(value)
+            own = [p.grad / scalers[1].get_scale() for p in other.parameters()]
+            if "max_norm" in how:
+                clip([("", gradient) for gradient in reversed(own)], how["max_norm"])  # in the order of backward
+            if step >= how.get("sync_steps", 0):
+                pending.append(own)
+            for o, scaler, schedule in zip((optimizer, by_hand), scalers, schedules, strict=True):
+                scaler.step(o)
+                scaler.update()
+                schedule.step()
+            if len(pending) > how["staleness"]:
+                pending.pop(0)
+            assert torch.equal(flat(model.parameters()), flat(other.parameters())), (kind, how, step)
+            assert_identical(model)
+        assert moved == 6 - how.get("sync_steps", 0), moved
+
+
+@check
+def tentative_steps_with_accumulation_and_by_hand():
+    model, other = small_model(), small_model()
+    kind = {"kind": torch.optim.SGD, "options": {"lr": 0.1, "momentum": 0.9}, "backward_passes_per_step": 2}
+    first = distributed(model, squeeze(OneBit(64), staleness=1, model=model), **kind)
+    second = distributed(other, squeeze(OneBit(64), staleness=1), **kind)
+    for step in range(5):
+        for i in range(2):
+            x, y = batch(2 * step + i)
+            cross_entropy(model(x), y).backward()
+            with second.double_squeeze.tentative():
+                cross_entropy(other(x), y).backward()
+            assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+        for optimizer in first, second:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 2:
+            for optimizer in first, second:
+                optimizer.double_squeeze.flush()  # nothing leads anywhere now
+            model(batch(0)[0])
+            assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+        assert_identical(model)
+        assert torch.equal(flat(model.parameters()), flat(other.parameters())), step
+
+
+@check
+def staleness_without_tentative_steps_is_told_once():
+    model = small_model()
+    optimizer = distributed(model, squeeze(OneBit(64), staleness=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(4):
+            train_step(model, optimizer, step)
+    told = [str(w.message) for w in caught if "no tentative step makes up for it" in str(w.message)]
+    assert len(told) == 1, told
+    with raises(ValueError, "model must have parameters of the optimizer; Sequential has none"):
+        optimizer.double_squeeze.attach(small_model())
+    optimizer.double_squeeze.attach(model)
+    train_step(model, optimizer, 4)
+    x, _ = batch(5)
+    before = flat(model.parameters())
+    model(x)
+    assert not torch.equal(before, flat(model.parameters()))
+    assert torch.equal(before, flat(model.state_dict().values()))  # as they are, for whoever asks
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@check
+def what_was_sent_before_a_layer_froze_is_not_lost():
+    """On a slow network, server passes come after a layer has been frozen, and after it is trained again."""
+    poll, held_back = InFlight.poll, [None]
+    InFlight.poll = lambda work, stages: work.done if work.label == held_back[0] else poll(work, stages)
+    try:
+        model = small_model()
+        optimizer = distributed(model, squeeze(TopK(0.2), staleness=1))
+        total = {name: torch.zeros(p.shape).double() for name, p in model.named_parameters()}
+        for step in range(9):
+            frozen = 2 <= step < 5
+            model[2].requires_grad_(not frozen)
+            optimizer.zero_grad(set_to_none=False)
+            held_back[0] = f".{step % 2}" if step % 3 else None
+            x, y = batch(step)
+            loss = cross_entropy(model(x), y)
+            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            own = torch.autograd.grad(loss, [p for _, p in trained], retain_graph=True)
+            loss.backward()
+            for name, average in mean({name: g.double() for (name, _), g in zip(trained, own, strict=True)}).items():
+                total[name] += average
+            optimizer.step()
+            for name, p in model.named_parameters():
+                total[name] -= p.grad.double() if p.grad is not None else 0.0
+            held_back[0] = None if step == 3 else held_back[0]
+            if step == 3:
+                optimizer.double_squeeze.state_dict()
+        held_back[0] = None
+        held = waits(optimizer)
+        for name, missing in total.items():
+            assert (missing - held.get(name, torch.zeros(()))).abs().max() < 1e-5, name
+    finally:
+        InFlight.poll = poll
 
 
 @check

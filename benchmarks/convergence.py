@@ -12,13 +12,14 @@ each run, and a later call goes on where it ends. It holds means of several loss
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.in_process import Workers
+from ds_horovod.tentative import Tentative
 
 POWERSGD_START = 10
 """Steps before PowerSGD, in which DDP sends gradients as they are."""
@@ -54,6 +56,8 @@ class Recipe:
     """Of DoubleSqueeze, which takes the optimizer's over: momentum correction. 0: it does not."""
     powersgd: int | None = None
     """Rank of DDP's PowerSGD, under horovodrun only."""
+    tentative: bool = False
+    """With staleness: whether tentative steps are taken."""
     lr: float = 1.0
     """Times the task's learning rate: masking forgets velocity, so that momentum correction takes smaller steps."""
 
@@ -70,12 +74,12 @@ class Recipe:
         """What one would write to repeat it."""
         rate = "" if self.lr == 1 else f", learning rate x {self.lr}"
         if self.squeeze:
-            return repr(self.make_squeeze(task)) + rate
+            return repr(self.make_squeeze(task)) + (", tentative steps" if self.tentative else "") + rate
         return (f"DDP PowerSGD, rank {self.powersgd}, from step {POWERSGD_START}" if self.powersgd else "average") + rate
 
 
-def _squeeze(*compressor: Any, momentum: float = 0.0, lr: float = 1.0, **options: Any) -> Recipe:
-    return Recipe(functools.partial(DoubleSqueeze, *compressor, **options), momentum, lr=lr)
+def _squeeze(*compressor: Any, momentum: float = 0.0, tentative: bool = False, lr: float = 1.0, **options: Any) -> Recipe:
+    return Recipe(functools.partial(DoubleSqueeze, *compressor, **options), momentum, tentative=tentative, lr=lr)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -95,6 +99,14 @@ RECIPES: dict[str, Recipe] = {
     "ternary-momentum": _squeeze(Ternary(), momentum=0.9),
     "quantize-3": _squeeze(Quantize(bits=3)),
     "quantize-4": _squeeze(Quantize(bits=4)),
+    "quantize-4-late": _squeeze(Quantize(bits=4), staleness=1),
+    "quantize-4-tentative": _squeeze(Quantize(bits=4), staleness=1, tentative=True),
+    "quantize-4-tentative-2": _squeeze(Quantize(bits=4), staleness=2, tentative=True),
+    "quantize-4-tentative-4": _squeeze(Quantize(bits=4), staleness=4, tentative=True),
+    "none-late": _squeeze(NoCompression(), staleness=1),
+    "none-tentative": _squeeze(NoCompression(), staleness=1, tentative=True),
+    "sign-4.5%-momentum-tentative": _squeeze(TopK(0.045, values="sign"), momentum=0.9, staleness=1, tentative=True),
+    "sign-4.5%-momentum-0.6-tentative": _squeeze(TopK(0.045, values="sign"), momentum=0.6, staleness=1, tentative=True),
     "quantize-8": _squeeze(Quantize(bits=8)),
     "randomk-1%": _squeeze(RandomK(0.01)),
     "topk-1%-momentum": _squeeze(TopK(0.01), momentum=0.9),
@@ -198,6 +210,7 @@ class InProcess:
         self._exchange = None
         if recipe.squeeze and workers > 1:
             self._exchange = Workers(functools.partial(recipe.make_squeeze, task), list(self.model.named_parameters()), workers)
+        self._tentative = Tentative(self._optimizer) if recipe.tentative and self._exchange else None
         self._steps = 0
 
     def step(self, step: int) -> list[float]:
@@ -209,19 +222,34 @@ class InProcess:
         for worker in range(self._workers):
             x, y = self._task.batch(self._seed, worker, step)
             self._optimizer.zero_grad()
-            loss = F.cross_entropy(torch.func.functional_call(self.model, self._buffers[worker], (x,)), y)
-            loss.backward()
+            with self._led(worker):
+                loss = F.cross_entropy(torch.func.functional_call(self.model, self._buffers[worker], (x,)), y)
+                loss.backward()
             losses.append(loss.item())
             gradients.append([p.grad for p in self._parameters])
             if not self._exchange:
                 clip(gradients[-1], self._task.max_norm)
-        for p, gradient in zip(self._parameters, self._aggregate(gradients), strict=True):
-            p.grad = gradient
-        self._optimizer.step()
+        aggregated = self._aggregate(gradients)
+        if aggregated is not None:  # otherwise nothing is due yet
+            for p, gradient in zip(self._parameters, aggregated, strict=True):
+                p.grad = gradient
+            self._optimizer.step()
         self._steps += 1
         return losses
 
-    def _aggregate(self, gradients: list[list[Tensor]]) -> list[Tensor]:
+    @contextlib.contextmanager
+    def _led(self, worker: int) -> Iterator[None]:
+        """The model as a worker sees it, where it takes tentative steps."""
+        if self._tentative is None or self._exchange is None:
+            yield
+            return
+        own = dict(self.model.named_parameters())
+        self._tentative.lead([{own[n]: g for n, g in estimate.items()} for estimate in self._exchange.estimates(worker)])
+        self._tentative.toggle()
+        yield
+        self._tentative.toggle()
+
+    def _aggregate(self, gradients: list[list[Tensor]]) -> list[Tensor] | None:
         if self._exchange:
             return self._exchange.exchange(gradients)
         return [torch.stack(of_one).mean(0) for of_one in zip(*gradients, strict=True)]
@@ -244,6 +272,8 @@ class Rank:
             self._optimizer = hvd.DistributedOptimizer(
                 self._optimizer, named_parameters=self.model.named_parameters(), compression=recipe.make_squeeze(task)
             )
+            if recipe.tentative:
+                self._optimizer.double_squeeze.attach(self.model)
         elif recipe.powersgd:
             self._forward, self._powersgd = _ddp(self.model, recipe.powersgd, task.max_norm, seed)
         self._steps = 0

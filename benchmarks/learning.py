@@ -27,6 +27,9 @@ TITLES = {
 
 def timed_method(recipe: str) -> str:
     """What `methods.py` calls a recipe: momentum and compensation change nothing that takes time."""
+    for how in ("late", "tentative"):
+        if recipe.endswith(f"-{how}"):
+            return f"{how}-{timed_method(recipe.removesuffix(f'-{how}'))}"
     return re.sub(r"-(momentum(-0[\d.]+)?|lr-[\d.]+|lr-aware|uncompensated|warm)(?=-|$)", "", recipe)
 
 

@@ -9,6 +9,7 @@ topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousa
 sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")) and momentum correction
 quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
 late-quantize-B       the same with staleness=1; late-onebit, late-sign-P% and late-topk-P% likewise
+tentative-quantize-B  the same with staleness=1 and tentative steps; tentative-onebit and so on likewise
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
 ddp-onebit and so on  DDP with DoubleSqueeze as its hook: ddp-quantize-B, ddp-sign-P%, ddp-topk-P% too
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -51,6 +53,10 @@ NAMES = (
     "late-topk-P%",
     "late-sign-P%",
     "late-quantize-B",
+    "tentative-onebit",
+    "tentative-topk-P%",
+    "tentative-sign-P%",
+    "tentative-quantize-B",
     "ddp",
     "ddp-fp16",
     "ddp-powersgd-R",
@@ -96,7 +102,7 @@ _NUMBERED = {"topk-": ("%", 0, 100), "sign-": ("%", 0, 100), "quantize-": ("", 1
 
 def _squeezed(method: str) -> str:
     """The method that one of DDP has in its hook, or that comes late; empty where there is none."""
-    name = method.removeprefix("ddp-").removeprefix("late-")
+    name = re.sub("^(ddp|late|tentative)-", "", method)
     return name if name != method and (name == "onebit" or name.startswith(("topk-", "sign-", "quantize-"))) else ""
 
 
@@ -147,6 +153,8 @@ def distribute(
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=names or model.named_parameters(), compression=_compression(method), op=op
     )
+    if method.startswith("tentative-"):
+        optimizer.double_squeeze.attach(model)
     if method == "onebit-allgather":
         return Training(model, optimizer, use_one_pass(optimizer))
 
@@ -164,7 +172,7 @@ def _bytes_sent(squeeze: DoubleSqueeze) -> float:
 
 
 def _compression(method: str) -> Any:
-    if method.startswith("late-"):
+    if method.startswith(("late-", "tentative-")):
         options = _compression(_squeezed(method)).options
         return DoubleSqueeze(**{**{f.name: getattr(options, f.name) for f in fields(options)}, "staleness": 1})
     number = _number(method)

@@ -56,6 +56,9 @@ MOST_LOOKS = 50
 MOST_SAMPLES = 200_000
 """Of all workers together, before a run is given up."""
 RECIPE_NAMES = ("none", "onebit", "topk-1%")
+LATE_RECIPE_NAMES = (
+    "quantize-4", "quantize-4-late", "quantize-4-tentative", "quantize-4-tentative-2", "quantize-4-tentative-4"
+)  # fmt: skip
 
 
 def noisy_digits(workers: int) -> Task:
@@ -161,7 +164,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--seeds", nargs="+", type=count, default=[0, 1, 2], help="of weights and data: a run for each")
     add("--json", type=new_file, required=True, metavar="FILE", help="the results; what it has already is not run again")
     add("--threads", type=positive(int), default=1, help="of each process; sums are not the same for another number")
+    add("--staleness", action="store_true", help="with the recipes of gradients that come 1, 2 and 4 steps late")
     args = parser.parse_args()
+    if args.staleness:
+        args.recipes = list(dict.fromkeys([*args.recipes, *LATE_RECIPE_NAMES]))
     return args
 
 

@@ -137,9 +137,10 @@ class Exchange(Generic[Handle]):
         is_half = work.source[0].dtype == torch.float16
         if work.late:
             work.source = ()  # the optimizer has the gradients from here on
+        reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
+        self._count_traffic(payload.shape[1], reply_nbytes)
         pushed = yield name + ".push", transport.push(payload, name + ".push")
 
-        reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
         restores = work.held and not work.late
         before = self.server.error.clone() if restores and self.server.error is not None else None
         if self.shard is not None:
@@ -151,7 +152,6 @@ class Exchange(Generic[Handle]):
             self.server.step += 1
         replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
 
-        self._count_traffic(payload.shape[1], reply_nbytes)
         if work.held and not work.cancelled:
             work.replied = Replied(compressor, payload, reply_compressor, replies)
             yield None

@@ -324,7 +324,7 @@ def main(monkeypatch, *arguments):
 @pytest.mark.jobs
 def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
     file = tmp_path / "x.json"
-    recipes = ["none", "onebit", "quantize-4", "topk-1%-momentum", "sign-4.5%-momentum"]
+    recipes = ["none", "onebit", "quantize-4", "quantize-4-tentative", "topk-1%-momentum", "sign-4.5%-momentum"]
     arguments = ["--task", "digits", "--steps", "20", "--seeds", "1", "--json", str(file), "--recipes", *recipes]
     run_ranks(2, "benchmarks/convergence.py", *arguments, "ddp-powersgd-1")
     assert main(monkeypatch, *arguments, "--workers", "2") == [(RECIPES[name], 2, 1) for name in recipes]
@@ -335,8 +335,9 @@ def test_ranks_and_workers_of_one_process_agree(tmp_path, monkeypatch, capsys):
         assert len(real["losses"]) == 20 and real["losses"][-1] < real["losses"][0] / 2
         assert real["losses"] == pytest.approx(simulated["losses"], rel=1e-3, abs=1e-4)
         assert real["bytes_sent"] == simulated["bytes_sent"]
+        untold = {"metric": 0} | ({"server_error_norm": 0} if "tentative" in name else {})  # a server may be late, too
         for a, b in zip(real["points"], simulated["points"], strict=True):
-            assert {**a, "metric": 0} == pytest.approx({**b, "metric": 0}, rel=1e-3)
+            assert a | untold == pytest.approx(b | untold, rel=1e-3)
     # Without compression only the order of sums differs, and no small difference becomes another bit.
     dense = cells["none", "horovod"]["losses"]
     assert dense == pytest.approx(cells["none", "in-process"]["losses"], rel=1e-4, abs=1e-6)

@@ -38,7 +38,7 @@ QUICK = {"models": ["gpt"], "hosts": [2, 4, 8], "rates": ["1gbit", "100mbit"], "
 BATCH_SIZE = {"mlp": 32, "preact_resnet18": 4, "gpt": 2, "gpt-small": 8}
 """Of each host. Small, since all hosts share the cores of one machine: compute must not hide what is measured."""
 
-COMPARABLE = ("machine", "versions", "environment", "network", "batch_size")
+COMPARABLE = ("machine", "versions", "environment", "network", "batch_size", "slots")
 """What must be the same for all results of a file."""
 SETTINGS = ("seconds", "max_steps")
 """What must be the same for a cell that is not measured again; it may have more rounds."""
@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="a small model and few steps: whether it works, not how fast")
     add("--models", nargs="+", choices=MODELS, help=f"what to train (default: {' '.join(FULL['models'])})")
     add("--hosts", nargs="+", type=int, help="sizes of the cluster (default: 2 4 8)")
+    add("--slots", type=positive(int), default=1, help="ranks on each host (default: 1)")
     add("--rates", nargs="+", help=f"of each host in each direction (default: {' '.join(FULL['rates'])})")
     add("--methods", nargs="+", default=METHODS, help=f"noop among them (default: {' '.join(METHODS)})".replace("%", "%%"))
     add("--rounds", type=positive(int), default=1, help="measure every method so often in each run (default: 1)")
@@ -94,6 +95,7 @@ class Results:
         if path.exists() and path.stat().st_size:
             try:
                 before = json.loads(path.read_text())
+                before.setdefault("slots", 1)
                 self._content["cells"] = before["cells"]
                 different = [key for key in COMPARABLE if key in origin and not _agree(before[key], origin[key])]
             except (ValueError, KeyError, TypeError) as error:
@@ -145,7 +147,8 @@ def measure(cell: Cell, methods: Sequence[str], args: argparse.Namespace) -> Ite
     """
     model, hosts, rate = cell
     here = Path(__file__).parent
-    command = [sys.executable, str(here / "cluster.py"), "--hosts", str(hosts), "--rate", rate, "--"]
+    command = [sys.executable, str(here / "cluster.py"), "--hosts", str(hosts), "--slots", str(args.slots)]
+    command += ["--rate", rate, "--"]
     command += [sys.executable, str(here / "step_times.py"), *methods, "--model", model]
     command += ["--batch-size", str(BATCH_SIZE[model]), "--rounds", str(args.rounds)]
     command += ["--seconds", str(args.seconds), "--max-steps", str(args.max_steps)]
@@ -233,6 +236,7 @@ def main() -> None:
     try:
         require_privileges()
         origin = {**provenance(args), "environment": environment, "network": network_settings(), "batch_size": BATCH_SIZE}
+        origin["slots"] = args.slots
         results = Results(args.json, origin)
         settings = {name: getattr(args, name) for name in ("rounds", *SETTINGS)}
         cells = results.missing(list(itertools.product(args.models, args.hosts, args.rates)), args.methods, settings)

@@ -1,4 +1,4 @@
-"""A cluster on one machine: runs a command on N hosts, a Horovod rank on each, over a network of a chosen speed.
+"""A cluster on one machine: runs a command on N hosts, one Horovod rank or more on each, over a network of a chosen speed.
 
     python benchmarks/cluster.py --hosts 4 --rate 1gbit -- python benchmarks/synthetic.py --compression onebit
 
@@ -164,7 +164,12 @@ def _start(index: int, command: Sequence[str], environment: Mapping[str, str]) -
         socket.sethostname(_address(index))
 
     # A process namespace ends with its first process: nothing that the command starts can outlive the host.
-    script = 'read -r _ && "$@" </dev/null; exit $?'
+    slots = range(int(environment["HOROVOD_LOCAL_SIZE"]))
+    begin = " ".join(
+        f'HOROVOD_RANK=$((HOROVOD_RANK + {slot})) HOROVOD_LOCAL_RANK={slot} "$@" </dev/null & pids="$pids $!";'
+        for slot in slots
+    )
+    script = f"read -r _; pids=; {begin} status=0; for pid in $pids; do wait $pid || status=$?; done; exit $status"
     process = subprocess.Popen(
         ["unshare", *_OWN_PROCESSES, "--", "sh", "-c", script, "sh", *command],
         stdin=subprocess.PIPE,
@@ -186,8 +191,8 @@ def _connect(host: Host, rate: str) -> None:
 
 
 @contextmanager
-def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host]]:
-    """Hosts that run a command, each as the Horovod rank of its index. When the context is left, they end.
+def cluster(hosts: int, rate: str, command: Sequence[str], slots: int = 1) -> Iterator[list[Host]]:
+    """Hosts that run a command, each as so many Horovod ranks. When the context is left, they end.
 
     This process moves into the network of the switch, and stays there.
 
@@ -199,6 +204,8 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
         Of each host, in each direction, as `bits_per_second` reads it.
     command
         A program and its arguments.
+    slots
+        Ranks on each host, which follow each other. They reach each other without the network.
 
     Raises
     ------
@@ -217,9 +224,10 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
     port = server.start()
     try:
         try:
-            slots = get_host_assignments(parse_hosts(",".join(f"{_address(i)}:1" for i in range(hosts))), hosts)
-            server.init(slots)
-            _build(running, slots, port, rate, command)
+            of_hosts = parse_hosts(",".join(f"{_address(i)}:{slots}" for i in range(hosts)))
+            ranks = get_host_assignments(of_hosts, hosts * slots)
+            server.init(ranks)
+            _build(running, ranks, port, rate, command)
         except (OSError, subprocess.SubprocessError) as error:
             raise ClusterError(f"a host has ended before all were ready: {error}") from error
         yield running
@@ -232,9 +240,9 @@ def cluster(hosts: int, rate: str, command: Sequence[str]) -> Iterator[list[Host
         server.stop()
 
 
-def _build(running: list[Host], slots: Sequence[SlotInfo], port: int, rate: str, command: Sequence[str]) -> None:
+def _build(running: list[Host], ranks: Sequence[SlotInfo], port: int, rate: str, command: Sequence[str]) -> None:
     """Adds hosts to those that are running, then lets all start the command."""
-    for slot in slots:
+    for slot in (slot for slot in ranks if slot.local_rank == 0):
         job = {
             "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
             "CROSS_RANK": slot.cross_rank, "CROSS_SIZE": slot.cross_size, "HOSTNAME": slot.hostname,
@@ -243,13 +251,13 @@ def _build(running: list[Host], slots: Sequence[SlotInfo], port: int, rate: str,
         }  # fmt: skip
         environment = {
             # The hosts share the cores of this machine.
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(slots))),
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(ranks))),
             "GLOO_SOCKET_IFNAME": INTERFACE,  # for torch.distributed
             _MARK: "1",
             **os.environ,
             **{f"HOROVOD_{key}": str(value) for key, value in job.items()},
         }
-        running.append(_start(slot.rank, command, environment))
+        running.append(_start(slot.cross_rank, command, environment))
         _connect(running[-1], rate)
     for host in running:
         assert host.process.stdin is not None
@@ -279,12 +287,15 @@ def main() -> None:
     """Runs what the command line says."""
     parser = argparse.ArgumentParser(description="Run a command on N hosts over a network of a chosen speed, on one machine.")
     add = parser.add_argument
-    add("--hosts", type=int, required=True, help=f"hosts, each with one Horovod rank: 2 to {MAX_HOSTS}")
+    add("--hosts", type=int, required=True, help=f"how many: 2 to {MAX_HOSTS}")
+    add("--slots", type=int, default=1, help="Horovod ranks on each host (default: 1)")
     add("--rate", default=UNSHAPED, help="of each host in each direction: 1gbit, 500mbit, ... (default: unshaped)")
     add("command", nargs="+", metavar="-- COMMAND", help="what to run on every host")
     args = parser.parse_args()
     if not 2 <= args.hosts <= MAX_HOSTS:
         parser.error(f"argument --hosts: must be from 2 to {MAX_HOSTS}, got {args.hosts}")
+    if args.slots < 1:
+        parser.error(f"argument --slots: must be 1 or more, got {args.slots}")
     try:
         bits_per_second(args.rate)
     except ValueError as error:
@@ -296,7 +307,7 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _end)
     try:
-        with cluster(args.hosts, args.rate, args.command) as hosts:
+        with cluster(args.hosts, args.rate, args.command, args.slots) as hosts:
             failed = wait(hosts)
             print(f"{'host':<12}{'bytes sent':>16}{'bytes received':>16}   on the wire, headers included", file=sys.stderr)
             for host in hosts:

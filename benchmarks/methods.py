@@ -9,6 +9,7 @@ topk-P%               Horovod with DoubleSqueeze(TopK): topk-0.1% sends a thousa
 sign-P%               Horovod with DoubleSqueeze(TopK(values="sign")) and momentum correction
 quantize-B            Horovod with DoubleSqueeze(Quantize) of B bits
 late-quantize-B       the same with staleness=1; late-onebit, late-sign-P% and late-topk-P% likewise
+flat-quantize-B       the same with hierarchical=False; flat-onebit and so on likewise
 tentative-quantize-B  the same with staleness=1 and tentative steps; tentative-onebit and so on likewise
 ddp, ddp-fp16         torch.distributed's DistributedDataParallel (DDP), with its own fp16 hook
 ddp-powersgd-R        DDP with its PowerSGD hook of rank R
@@ -53,6 +54,10 @@ NAMES = (
     "late-topk-P%",
     "late-sign-P%",
     "late-quantize-B",
+    "flat-onebit",
+    "flat-topk-P%",
+    "flat-sign-P%",
+    "flat-quantize-B",
     "tentative-onebit",
     "tentative-topk-P%",
     "tentative-sign-P%",
@@ -101,8 +106,8 @@ _NUMBERED = {"topk-": ("%", 0, 100), "sign-": ("%", 0, 100), "quantize-": ("", 1
 
 
 def _squeezed(method: str) -> str:
-    """The method that one of DDP has in its hook, or that comes late; empty where there is none."""
-    name = re.sub("^(ddp|late|tentative)-", "", method)
+    """The method that one of DDP has in its hook, or that another option changes; empty where there is none."""
+    name = re.sub("^(ddp|flat|late|tentative)-", "", method)
     return name if name != method and (name == "onebit" or name.startswith(("topk-", "sign-", "quantize-"))) else ""
 
 
@@ -172,9 +177,10 @@ def _bytes_sent(squeeze: DoubleSqueeze) -> float:
 
 
 def _compression(method: str) -> Any:
-    if method.startswith(("late-", "tentative-")):
+    if method.startswith(("flat-", "late-", "tentative-")):
         options = _compression(_squeezed(method)).options
-        return DoubleSqueeze(**{**{f.name: getattr(options, f.name) for f in fields(options)}, "staleness": 1})
+        more = {"hierarchical": False} if method.startswith("flat-") else {"staleness": 1}
+        return DoubleSqueeze(**{**{f.name: getattr(options, f.name) for f in fields(options)}, **more})
     number = _number(method)
     if number is not None:
         if method.startswith("quantize-"):

@@ -65,7 +65,7 @@ class Buckets(Generic[Handle]):
     @property
     def step(self) -> int:
         """How many have been taken, since training began."""
-        return max((bucket.exchange.worker.step for bucket in self.buckets), default=0)
+        return max((bucket.exchange.steps for bucket in self.buckets), default=0)
 
     def plan(self, sparse: Set[str]) -> list[Plan]:
         """The buckets, without the parameters whose gradients are sparse."""
@@ -113,7 +113,8 @@ class Buckets(Generic[Handle]):
             error, velocity = residual.export_residual(bucket.exchange)
             in_flight = self.residual_in_flight(bucket)
             if in_flight is not None:
-                error = (error + in_flight).clamp_(-LARGEST, LARGEST)
+                error[bucket.exchange.span] += in_flight
+                error.clamp_(-LARGEST, LARGEST)
             if of_all:
                 name = bucket.exchange.name
                 error = self.transport.sum(error, name + ".residual")
@@ -125,10 +126,32 @@ class Buckets(Generic[Handle]):
         """What `export_residual` has to add to what a bucket holds."""
         return None
 
-    def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
-        """Takes over residuals of these parameters from other buckets or ranks. What is not there is zero."""
+    def import_residual(self, residuals: Mapping[str, Residual], step: int, alike: bool = False) -> None:
+        """Takes over residuals of these parameters from other buckets or ranks. What is not there is zero.
+
+        In two levels a rank holds what all ranks of its host are given of its slice, so that all ranks must call this.
+
+        Parameters
+        ----------
+        residuals
+            Of this rank, by name of parameter.
+        step
+            How many have been taken.
+        alike
+            Whether all ranks are given the same, and no collective is needed.
+        """
         for bucket in self.buckets:
-            residual.import_residual(bucket.exchange, *residual.by_bucket(bucket, residuals), step)
+            error, velocity = residual.by_bucket(bucket, residuals)
+            error = self._of_host(error, bucket.exchange.name + ".error", alike)
+            if velocity is not None:
+                velocity = self._of_host(velocity, bucket.exchange.name + ".velocity", alike)
+            residual.import_residual(bucket.exchange, error, velocity, step)
+
+    def _of_host(self, array: Tensor, name: str, alike: bool) -> Tensor:
+        host = self.transport.host
+        if host is None:
+            return array
+        return array * host.size if alike else host.sum(array, name + ".host")
 
     def restart(self, options: Options) -> None:
         """Goes on with other compressors, in new buckets whose errors are zero, between two steps."""

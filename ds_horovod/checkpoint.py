@@ -82,7 +82,7 @@ def full_state_of_one(reducer: Reducer) -> dict[str, Any]:
         n = reducer.transport.size
         residuals = {k: Residual(e * n, None if u is None else u * n) for k, (e, u) in residuals.items()}
     state = _full(reducer.options, reducer, residuals)
-    return state if loaded is None or loaded.errors is None else {**state, "errors": loaded.errors}
+    return state if loaded is None or loaded.whole is None else {**state, **loaded.whole}
 
 
 def _full(options: Options, holder: Holder | None, residuals: Mapping[str, Residual]) -> dict[str, Any]:
@@ -113,14 +113,15 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         _require_known(state, "velocities", reducer.parameters)
         _require_known({"late": late}, "late", reducer.parameters)
     session, options = reducer.session, reducer.options
-    description, errors = "a state_dict()", None
+    description, whole = "a state_dict()", None
     if not is_of_one_rank(state):
         tensors = [(f"{kind}.{name}", tensor) for kind in ("errors", "velocities") for name, tensor in state[kind].items()]
         description = f"the full_state_dict() of step {state['step']} with checksum {digest(tensors)}"
-        errors = dict(state["errors"]) if options.server_error and not options.worker_error else None
+        if (options.server_error and not options.worker_error) or reducer.transport.host is not None:
+            whole = {kind: dict(state[kind]) for kind in ("errors", "velocities")}
         require_fits(state, reducer.parameters, reducer.selection)
         residuals = split({name: Residual(error, None) for name, error in state["errors"].items()}, reducer.transport.size)
-        reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"], late)
+        reducer.import_all(residuals, state["step"], state["sparse"], state["velocities"], late, alike=True)
     elif session is None:
         load_buckets(state["buckets"], [])
         reducer.velocities.load_state_dict(state["velocities"])
@@ -133,7 +134,7 @@ def load(reducer: Reducer, state: Mapping[str, Any]) -> None:
         reducer.velocities.load_state_dict(state["velocities"])
         reducer.load_late(late)
     reducer.units.load_state_dict(state["units"])
-    reducer.loaded = Loaded(description, reducer.steps, not is_of_one_rank(state), errors)
+    reducer.loaded = Loaded(description, reducer.steps, not is_of_one_rank(state), whole)
 
 
 def is_of_one_rank(state: Mapping[str, Any]) -> bool:
@@ -266,7 +267,7 @@ def _save_bucket(bucket: Bucket[Any], in_flight: Tensor | None = None) -> dict[s
 
     What late steps will bring, the same on all ranks, is part of the worker error: training goes on without any under way.
     """
-    layout = bucket.exchange.layout
+    layout = bucket.exchange.whole
     arrays = {key: getattr(bucket.exchange, key) for key in _ARRAYS}
     if in_flight is not None:
         arrays["worker_error"] = (arrays["worker_error"] + in_flight / bucket.exchange.weight).clamp_(-LARGEST, LARGEST)
@@ -274,8 +275,9 @@ def _save_bucket(bucket: Bucket[Any], in_flight: Tensor | None = None) -> dict[s
         "parameters": list(bucket.names),
         "numels": list(layout.numels),
         "offsets": list(layout.offsets),
+        "slice": [bucket.exchange.span.start, bucket.exchange.span.stop],
         "weight": bucket.exchange.weight,
-        "step": bucket.exchange.worker.step,
+        "step": bucket.exchange.steps,
         **arrays,
     }
 
@@ -292,8 +294,8 @@ def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[An
         raise _another_layout(f"{len(saved)} buckets, here {len(buckets)}")
     own = [_save_bucket(bucket) for bucket in buckets]
     for b, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
-        for key in ("parameters", "numels", "offsets", "weight"):
-            if theirs[key] != ours[key]:
+        for key in ("parameters", "numels", "offsets", "slice", "weight"):
+            if theirs.get(key, ours[key]) != ours[key]:  # states of earlier versions have no slice
                 raise _another_layout(f"bucket {b} has {key} {theirs[key]}, here {ours[key]}")
         for key in _ARRAYS:
             shapes = [None if state[key] is None else tuple(state[key].shape) for state in (theirs, ours)]
@@ -303,7 +305,8 @@ def load_buckets(saved: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket[An
         for key in _ARRAYS:
             if ours[key] is not None:
                 ours[key].copy_(theirs[key])
-        bucket.exchange.worker.step = bucket.exchange.server.step = theirs["step"]
+        exchange = bucket.exchange
+        exchange.steps = exchange.worker.step = exchange.server.step = theirs["step"]
 
 
 def _another_layout(difference: str) -> ValueError:

@@ -99,6 +99,10 @@ class DoubleSqueeze:
         late gradient costs; it takes as much memory as the weights for each step of staleness. See `attach` and `tentative`.
     server
         The rank that serves everything, as in the paper. Default None: sharded over all ranks.
+    hierarchical
+        Whether the ranks of a host add up their gradients first, and each of them exchanges its slice of every bucket with one
+        rank of every other host: a host sends, and holds of worker errors, what one rank would. None: where there are several
+        hosts with the same number of ranks, more than one. With Horovod.
     bucket_cap_mb
         MiB of gradients that travel together, at most; a larger parameter travels alone. Smaller buckets leave earlier,
         larger ones cost fewer collectives. None: one bucket for all.
@@ -167,7 +171,8 @@ class DoubleSqueeze:
         -------
         dict
             ``steps``; per step, in bytes: ``compressed_bytes_sent``, ``compressed_bytes_received`` (what crosses the
-            network by the formula ``2 (n-1)/n |payload|``, n ranks), ``dense_bytes_sent``, ``dense_bytes_received``
+            network by the formula ``2 (n-1)/n |payload|``, n ranks; in two levels what crosses it to other hosts,
+            ``2 (h-1)/h |payload| / l``, h hosts of l ranks), ``dense_bytes_sent``, ``dense_bytes_received``
             (what stays with Horovod's allreduce); ``compression_ratio``: bytes of an uncompressed ring allreduce over
             bytes sent; ``worker_error_norm``, ``server_error_norm`` (l2); per step, in seconds:
             ``worker_pass_seconds``, ``server_pass_seconds``, ``decode_seconds``, ``wait_seconds``. Of a tensor outside
@@ -204,7 +209,9 @@ class DoubleSqueeze:
                 raise ValueError("DoubleSqueeze: explain needs a model, since no optimizer uses this instance")
             session, selection, parameters = self._reducer.session, self._reducer.selection, self._reducer.parameters
             if session is not None:
-                return explain(selection, parameters, session.plan(session.sparse), session.transport.size)
+                host, n, levels = session.transport.host, session.transport.size, session.transport.levels
+                local_size = 1 if host is None else host.size
+                return explain(selection, parameters, session.plan(session.sparse), n, local_size, levels)
             table = f"; with workers={workers}:\n{explain(selection, parameters, selection.plan(parameters, shards), workers)}"
             return alone if workers == 1 else alone + table
         named = list(model.named_parameters() if isinstance(model, torch.nn.Module) else model)

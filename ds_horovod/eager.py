@@ -119,7 +119,7 @@ class TensorReducer:
             own = {**state, "errors": {name: state["errors"][name]}}
             require_fits(own, session.parameters, session.selection)
             residuals = {name: Residual(state["errors"][name], None)}
-            session.import_residual(split(residuals, session.transport.size), state["step"])
+            session.import_residual(split(residuals, session.transport.size), state["step"], alike=True)
 
 
 def _without(state: Mapping[str, Any], name: str) -> dict[str, Any]:

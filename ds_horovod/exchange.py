@@ -9,6 +9,9 @@ over them, or one of them:
 
 so that, element by element and for every Q, ``mean_i(g_i + e_i) + E == Q'[v] + mean_i(e_i') + E'``. With momentum
 correction a worker's velocity u_i = m u_i + g_i takes the place of g_i (`feedback.py`).
+
+In two levels, a worker is a host: its L ranks add up their gradients, each of them a slice of the bucket, which it
+exchanges with the ranks of other hosts that have the same slice. Then they hand each other what was replied.
 """
 
 from __future__ import annotations
@@ -59,41 +62,62 @@ class Exchange(Generic[Handle]):
     """One bucket: its layout, its feedback states, and the algorithm.
 
     The feedback states hold the only arrays of full size: the worker's float32 ``(layout.numel,)``, and the server's
-    ``(layout.shard_numel,)`` on ranks that serve.
+    ``(layout.shard_numel,)`` on ranks that serve. `layout` is that of the slice which this rank exchanges: all of the bucket,
+    or in two levels a part.
     """
 
     bucket: int
     """Its index."""
     name: str
-    layout: Layout
+    whole: Layout
+    """Of the bucket, over the shards of all servers."""
     options: Options
     weight: float
     """1 / workers for an average, 1 for a sum."""
     transport: Transport[Handle]
     device: torch.device
     totals: Totals = field(default_factory=Totals)
+    layout: Layout = field(init=False)
+    steps: int = field(init=False, default=0)
+    """Steps that have begun."""
     worker: FeedbackState = field(init=False)
     server: FeedbackState = field(init=False)
     streams: Streams = field(init=False)
 
     def __post_init__(self) -> None:
         options, transport = self.options, self.transport
+        host = transport.host
+        self.local_size = 1 if host is None else host.size
+        """Ranks of this host that share a bucket; 1 in one level."""
+        shards = self.whole.shards // self.local_size
+        first = 0 if host is None else host.rank * shards
+        self.layout = self.whole if host is None else self.whole.slice(first, shards)
+        self.span = slice(first * self.whole.shard_numel, (first + shards) * self.whole.shard_numel)
+        """Where the slice lies in the whole."""
+        self.tensors = [
+            i
+            for i, (offset, numel) in enumerate(zip(self.whole.offsets, self.whole.numels, strict=True))
+            if offset < self.span.stop and offset + numel > self.span.start
+        ]
+        """Which tensors lie in the slice, or parts of them."""
         self.worker = FeedbackState(
             error=self._zeros(self.layout.numel) if options.worker_error else None,
             velocity=self._zeros(self.layout.numel) if options.momentum else None,
             momentum=options.momentum,
             bucket=self.bucket,
             sender=2 * transport.rank,
+            first_shard=first,
         )
         self.server = FeedbackState(bucket=self.bucket, sender=2 * transport.rank + 1)
         self.shard = None
         if transport.serves is not None:
             self.shard = self.layout.shard(transport.serves)
-            self.server.first_shard = transport.serves
+            self.server.first_shard = first + transport.serves
             if options.server_error:
                 self.server.error = self._zeros(self.layout.shard_numel)
         used = [options.compressor, options.reply_compressor]
         for compressor in used + [_UNCOMPRESSED] * (options.warmup_steps > 0):
+            compressor.prepare(self.whole, self.device)
             compressor.prepare(self.layout, self.device)
             if self.shard is not None:
                 compressor.prepare(self.shard, self.device)
@@ -127,14 +151,20 @@ class Exchange(Generic[Handle]):
         """
         layout, transport, streams = self.layout, self.transport, self.streams
         compressor, reply_compressor = self.compressors()
+        self.steps += 1
         # Sizes under a name never change: Horovod keeps what it has agreed on for each.
         name = self.name + (".uncompressed" if compressor is _UNCOMPRESSED else "") + work.label
+        dtype, host = work.source[0].dtype, transport.host
+
+        if host is not None:
+            slices, work.source = streams.record_stream(self._by_slice(work.source)), ()
+            slices = yield name + ".reduce", host.scatter(slices, name + ".reduce")
+            work.source = self._summed(slices, dtype)
 
         with self.timed("worker_pass"):
             payload = streams.record_stream(self.acquire(layout.shards, compressor.chunk_nbytes(layout)))
             compressor.encode(layout, work.source, self.worker, payload)
         self.worker.step += 1
-        is_half = work.source[0].dtype == torch.float16
         if work.late:
             work.source = ()  # the optimizer has the gradients from here on
         reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
@@ -147,13 +177,16 @@ class Exchange(Generic[Handle]):
             with self.timed("server_pass"), self._in_units_of(work):
                 reply = self.acquire(reply_nbytes)
                 reply_compressor.serve(self.shard, pushed, compressor, self.weight, self.server, reply)
-                if is_half:
+                if dtype == torch.float16:
                     reply_compressor.keep_overflow(self.shard, reply, self.server, torch.finfo(torch.float16).max)
             self.server.step += 1
         replies = yield name + ".pull", transport.pull(reply, reply_nbytes, name + ".pull", self.device)
+        own = replies  # of the slice
+        if host is not None:
+            replies = yield name + ".share", host.share(own, name + ".share")
 
         if work.held and not work.cancelled:
-            work.replied = Replied(compressor, payload, reply_compressor, replies)
+            work.replied = Replied(compressor, payload, reply_compressor, own, replies)
             yield None
             if work.skipped and before is not None and self.server.error is not None:
                 self.server.error.copy_(before)
@@ -164,10 +197,10 @@ class Exchange(Generic[Handle]):
                     self._decode_late(work)
                 else:
                     if self.worker.error is not None:
-                        mask = self._everything() if work.skipped else reply_compressor.nonfinite_mask(layout, replies)
+                        mask = self._everything() if work.skipped else reply_compressor.nonfinite_mask(layout, own)
                         if mask is not None:
                             compressor.rollback(layout, payload, mask, work.source, self.worker)
-                    reply_compressor.decode(layout, replies, work.destination)
+                    reply_compressor.decode(self.whole, replies, work.destination)
 
         if compressor is not _UNCOMPRESSED:  # the warm-up's buffers are large, and soon not needed
             self.release(payload)
@@ -183,7 +216,7 @@ class Exchange(Generic[Handle]):
             return
         parts = [
             (error[piece.offset :][: piece.numel], factors[piece.tensor])
-            for piece in self.layout.pieces[self.server.first_shard]
+            for piece in self.whole.pieces[self.server.first_shard]
         ]
         for part, factor in parts:
             rescaled(part, 1 / factor)
@@ -199,17 +232,18 @@ class Exchange(Generic[Handle]):
         """
         layout, replied = self.layout, work.replied
         assert replied is not None and self.worker.error is not None
-        mask = replied.reply_compressor.nonfinite_mask(layout, replied.replies)
+        mask = replied.reply_compressor.nonfinite_mask(layout, replied.own)
         if mask is not None:
-            restore_sent(layout, replied.sent(layout), mask, work.factors, self.worker.error)
-        replied.reply_compressor.decode(layout, replied.replies, work.destination)
+            factors = [work.factors[i] for i in self.tensors]
+            restore_sent(layout, replied.sent(layout), mask, factors, self.worker.error)
+        replied.reply_compressor.decode(self.whole, replied.replies, work.destination)
         for gradient, factor in zip(work.destination, work.factors, strict=True):
             if factor != 1.0:
                 put_rescaled(gradient, gradient, factor)
         work.replied = None
 
     def residual_of(self, work: InFlight[Handle]) -> Tensor:
-        """This rank's part of what a late step will bring: its equal part of the reply, or what it sent where none is finite.
+        """This rank's part of what a late step will bring: an equal part of the reply, or what it sent where none is finite.
 
         Returns
         -------
@@ -219,12 +253,30 @@ class Exchange(Generic[Handle]):
         layout, replied = self.layout, work.replied
         assert replied is not None
         result = self._zeros(layout.numel)
-        rows = zip(layout.offsets, replied.replied(layout), replied.sent(layout), work.factors, strict=True)
+        factors = [work.factors[i] for i in self.tensors]
+        rows = zip(layout.offsets, replied.replied(layout), replied.sent(layout), factors, strict=True)
         for offset, values, own, factor in rows:
             own = own.where(own.isfinite(), 0.0) * self.weight
-            part = torch.where(values.isfinite(), values / self.transport.size, own)
+            part = torch.where(values.isfinite(), values / self.workers, own)
             result[offset : offset + len(part)] = part * factor
         return result
+
+    @property
+    def workers(self) -> int:
+        """How many exchange what this rank does: all ranks, or in two levels one of each host."""
+        return self.transport.size // self.local_size
+
+    def _by_slice(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients as ``uint8 (local_size, nbytes)``, a row for each slice; padding is zero."""
+        flat = torch.zeros(self.whole.numel, dtype=gradients[0].dtype, device=self.device)
+        for offset, gradient in zip(self.whole.offsets, gradients, strict=True):
+            flat[offset : offset + gradient.numel()] = gradient.view(-1)
+        return flat.view(torch.uint8).view(self.local_size, -1)
+
+    def _summed(self, slices: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The sum of what `_by_slice` gave on the ranks of this host, in their order: float32, by tensor of the layout."""
+        total = slices.view(dtype).view(self.local_size, -1).sum(0, dtype=torch.float32)
+        return [total[offset : offset + numel] for offset, numel in zip(self.layout.offsets, self.layout.numels, strict=True)]
 
     def _everything(self) -> Tensor:
         """A mask of all elements, as `Compressor.nonfinite_mask` gives them."""
@@ -232,7 +284,7 @@ class Exchange(Generic[Handle]):
 
     def compressors(self) -> tuple[Compressor, Compressor]:
         """The worker's and the server's for the coming step."""
-        if self.worker.step < self.options.warmup_steps:
+        if self.steps < self.options.warmup_steps:
             return _UNCOMPRESSED, _UNCOMPRESSED
         return self.options.compressor, self.options.reply_compressor
 
@@ -251,7 +303,7 @@ class Exchange(Generic[Handle]):
 
     def _count_traffic(self, push_nbytes: int, reply_nbytes: int) -> None:
         """Adds a step's bytes to the totals: of what crosses the network, a chunk to and from each other rank."""
-        serves, others = int(self.shard is not None), self.transport.size - 1
+        serves, others = int(self.shard is not None), self.workers - 1
         to_others, from_others = self.layout.shards - serves, serves * others
         self.totals.bytes_sent += to_others * push_nbytes + from_others * reply_nbytes
         self.totals.bytes_received += from_others * push_nbytes + to_others * reply_nbytes
@@ -274,15 +326,18 @@ class Replied(NamedTuple):
     compressor: Compressor
     payload: Tensor
     reply_compressor: Compressor
+    own: Tensor
+    """The replies of the slice that this rank exchanges."""
     replies: Tensor
+    """All of them."""
 
     def sent(self, layout: Layout) -> list[Tensor]:
         """What this worker pushed: a float32 tensor for each of the layout's."""
         return decoded(layout, self.payload, partial(self.compressor.decode, layout))
 
     def replied(self, layout: Layout) -> list[Tensor]:
-        """What all servers replied, alike."""
-        return decoded(layout, self.replies, partial(self.reply_compressor.decode, layout))
+        """What the servers of the slice replied, alike."""
+        return decoded(layout, self.own, partial(self.reply_compressor.decode, layout))
 
 
 class InFlight(Generic[Handle]):
@@ -333,7 +388,7 @@ class InFlight(Generic[Handle]):
     @property
     def factors(self) -> Sequence[float]:
         """By what to multiply what a late step brings of each tensor, since units have changed after it was sent."""
-        return [1.0] * len(self.exchange.layout.numels)
+        return [1.0] * len(self.exchange.whole.numels)
 
     def poll(self, stages: int) -> bool:
         """Goes on as far as possible without blocking, until so many collectives are done. Returns whether all are."""
@@ -347,7 +402,7 @@ class InFlight(Generic[Handle]):
 
     def overflows(self) -> bool:
         """Whether a reply of a held step is not finite. On a GPU the host waits for the answer, as a GradScaler does."""
-        layout, replied = self.exchange.layout, self.replied
+        layout, replied = self.exchange.whole, self.replied
         assert replied is not None
         if replied.reply_compressor.is_within(layout, replied.replies):
             return False

@@ -23,7 +23,7 @@ WAYS_OUT = {
 
 def compare(
     session: Session[Any], more: Mapping[str, Any], unknown: Collection[str], frozen: Collection[str]
-) -> tuple[frozenset[str], frozenset[str]]:
+) -> tuple[frozenset[str], frozenset[str], bool]:
     """What holds on all ranks, which all call it.
 
     Parameters
@@ -37,8 +37,9 @@ def compare(
 
     Returns
     -------
-    sparse, frozen
-        Names of parameters with sparse gradients on any rank, and of those that are frozen on all ranks.
+    sparse, frozen, news
+        Names of parameters with sparse gradients on any rank, and of those that are frozen on all ranks; whether some rank has
+        not known all of the former.
 
     Raises
     ------
@@ -49,11 +50,12 @@ def compare(
     everyones = session.transport.gather_objects(own, session.name + ".agreement")
     everywhere = frozenset(own["frozen"]).intersection(*(other.pop("frozen") for other in everyones))
     sparse = sorted({name for other in everyones for name in other["sparse parameters"]})
+    news = any(set(other["sparse parameters"]) != set(sparse) for other in everyones)
     for other in everyones:  # what has no gradient on a rank is sparse there if it is elsewhere
         not_seen = other.pop("unknown")
         other["sparse parameters"] = [n for n in sparse if n in other["sparse parameters"] or n in not_seen]
     require_agreement(everyones, WAYS_OUT)
-    return frozenset(sparse), everywhere
+    return frozenset(sparse), everywhere, news
 
 
 def describe(session: Session[Any]) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def describe(session: Session[Any]) -> dict[str, Any]:
     return {
         **options.description(),
         "server": session.transport.server,
+        "ranks on a host": 1 if session.transport.host is None else session.transport.host.size,
         "weight": session.weight,
         "groups": [" ".join(names) for names in selection.groups],
         "loss scale": session.units.scale,

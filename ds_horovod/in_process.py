@@ -17,6 +17,7 @@ from .layout import Layout
 from .options import Options
 from .session import Session
 from .step import Step
+from .transport import Host
 
 
 class _Ticket(NamedTuple):
@@ -25,6 +26,8 @@ class _Ticket(NamedTuple):
     round: int
     """How often this rank has used the key before."""
     kind: str
+    members: Sequence[int]
+    """The ranks that take part."""
 
 
 class _Sent(NamedTuple):
@@ -37,27 +40,52 @@ class _Sent(NamedTuple):
 class _Mailbox:
     """What the ranks of a group have sent. An entry goes once all ranks have taken theirs."""
 
-    sent: dict[tuple[str, int], dict[int, tuple[Tensor | None, torch.cuda.Event | None]]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )
+    sent: dict[tuple[str, int], dict[int, _Sent]] = field(default_factory=lambda: defaultdict(dict))
     taken: dict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
+
+
+class _InProcessHost:
+    """See `Host`."""
+
+    def __init__(self, transport: InProcessTransport, members: list[int]) -> None:
+        self._transport, self._members = transport, members
+        self.size, self.rank = len(members), members.index(transport.rank)
+
+    def scatter(self, rows: Tensor, name: str) -> _Ticket:
+        return self._transport.send(rows, name, "scatter", self._members)
+
+    def share(self, rows: Tensor, name: str) -> _Ticket:
+        return self._transport.send(rows, name, "share", self._members)
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """This worker's alone: the others would have to run to give theirs."""
+        return tensor
 
 
 class InProcessTransport:
     """One worker's end of a group of `size` workers in this process; `group` makes all of them."""
 
-    def __init__(self, rank: int, size: int, server: int | None, mailbox: _Mailbox, in_order: bool = False) -> None:
+    def __init__(
+        self, rank: int, size: int, server: int | None, mailbox: _Mailbox, in_order: bool = False, local_size: int = 1
+    ) -> None:
         self.rank, self.size, self.server = rank, size, server
         self.shards = size if server is None else 1
-        self.serves = rank if server is None else (0 if server == rank else None)
+        host, place = divmod(rank, local_size)
+        self.serves = host if server is None else (0 if server == rank else None)
         self.in_order = in_order
         self.stream_ordered = False
         self.ranks = list(range(size))
         self._mailbox = mailbox
         self._rounds: dict[str, int] = defaultdict(int)
+        self._peers = self.ranks[place::local_size]
+        neighbours = self.ranks[host * local_size : (host + 1) * local_size]
+        self.levels = ""
+        self.host: Host[_Ticket] | None = None if local_size == 1 else _InProcessHost(self, neighbours)
 
     @classmethod
-    def group(cls, size: int, server: int | None = None, in_order: bool = False) -> list[InProcessTransport]:
+    def group(
+        cls, size: int, server: int | None = None, in_order: bool = False, local_size: int = 1
+    ) -> list[InProcessTransport]:
         """Transports of `size` workers that reach each other.
 
         Parameters
@@ -66,45 +94,54 @@ class InProcessTransport:
             How many workers there are, and which of them serves everything; None: each its shard.
         in_order
             Whether pushes are matched with pushes and pulls with pulls by their order, as process groups of torch do it.
+        local_size
+            How many of them are on one host and share each bucket, in two levels; 1: they do not.
         """
         if server is not None and not 0 <= server < size:
             raise ValueError(f"InProcessTransport: server must be None or from 0 to {size - 1}, got {server}")
+        if size % local_size or (server is not None and local_size > 1):
+            raise ValueError(f"InProcessTransport: {size} workers, server {server} cannot be on hosts of {local_size}")
         mailbox = _Mailbox()
-        return [cls(rank, size, server, mailbox, in_order) for rank in range(size)]
+        return [cls(rank, size, server, mailbox, in_order, local_size) for rank in range(size)]
 
-    def _send(self, tensor: Tensor | None, name: str, kind: str) -> _Ticket:
-        key = kind if self.in_order else name
-        ticket = _Ticket(key, self._rounds[key], kind)
+    def send(self, tensor: Tensor | None, name: str, kind: str, members: Sequence[int]) -> _Ticket:
+        """Begins a collective of some members, which `poll` and `wait` end."""
+        key = f"{kind if self.in_order else name} of {members}"
+        ticket = _Ticket(key, self._rounds[key], kind, members)
         self._rounds[key] += 1
         made = torch.cuda.current_stream(tensor.device).record_event() if tensor is not None and tensor.is_cuda else None
         self._mailbox.sent[ticket.key, ticket.round][self.rank] = _Sent(tensor, made)
         return ticket
 
     def push(self, payload: Tensor, name: str) -> _Ticket:
-        return self._send(payload, name, "push")
+        return self.send(payload, name, "push", self._peers)
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> _Ticket:
-        return self._send(reply, name, "pull")
+        return self.send(reply, name, "pull", self._peers)
 
     def poll(self, handle: _Ticket) -> bool:
-        return len(self._mailbox.sent[handle.key, handle.round]) == self.size
+        return len(self._mailbox.sent[handle.key, handle.round]) == len(handle.members)
 
     def wait(self, handle: _Ticket) -> Tensor:
         key = handle.key, handle.round
         sent = self._mailbox.sent[key]
-        if len(sent) < self.size:
-            missing = sorted(set(range(self.size)) - set(sent))
+        if len(sent) < len(handle.members):
+            missing = sorted(set(handle.members) - set(sent))
             raise RuntimeError(f"rank {self.rank} would wait for ever: ranks {missing} have not sent {handle.key}")
         tensors = [tensor for _, (tensor, _) in sorted(sent.items()) if tensor is not None]
         for _, made in sent.values():
             if made is not None:
                 made.wait()
-        chunks = tensors
-        if handle.kind == "push":
-            chunks = [] if self.serves is None else [payload[self.serves] for payload in tensors]
         self._mailbox.taken[key] += 1
-        if self._mailbox.taken[key] == self.size:
+        if self._mailbox.taken[key] == len(handle.members):
             del self._mailbox.sent[key], self._mailbox.taken[key]
+        if handle.kind == "share":
+            return torch.cat(tensors)
+        chunks = tensors
+        if handle.kind == "scatter":
+            chunks = [rows[handle.members.index(self.rank)] for rows in tensors]
+        elif handle.kind == "push":
+            chunks = [] if self.serves is None else [payload[self.serves] for payload in tensors]
         return torch.stack(chunks) if chunks else torch.empty(0, dtype=torch.uint8)
 
     def waiting(self, seconds: float, names: Sequence[str]) -> None:
@@ -159,6 +196,8 @@ class Simulation:
         Of gradients and errors.
     average
         Whether gradients are averaged rather than added up.
+    local_size
+        In two levels: workers on each host.
     """
 
     def __init__(
@@ -169,19 +208,20 @@ class Simulation:
         server: int | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
         average: bool = True,
+        local_size: int = 1,
     ) -> None:
         weight = 1.0 / workers if average else 1.0
         self.exchanges = [
             Exchange(0, "simulation", layout, options, weight, transport, device)
-            for transport in InProcessTransport.group(workers, server)
+            for transport in InProcessTransport.group(workers, server, local_size=local_size)
         ]
 
     def step(self, gradients: Sequence[Sequence[Tensor]]) -> None:
         """One exchange; gradients are by worker and tensor, contiguous, read and written in place."""
         under_way = [exchange.begin(g, g) for exchange, g in zip(self.exchanges, gradients, strict=True)]
-        for stages in (1, 2):  # all pushes, then all pulls
+        for stage in range(1, 5):  # in two levels: reduce, push, pull, share
             for work in under_way:
-                work.poll(stages)
+                work.poll(stage)
         for exchange in self.exchanges:
             exchange.streams.wait_for_side()
 
@@ -197,13 +237,17 @@ class Workers:
         Names and parameters of the model, which stand for every worker's replica.
     workers
         How many, two at least.
+    local_size
+        In two levels: workers on each host.
     """
 
-    def __init__(self, make: Callable[[], DoubleSqueeze], parameters: Sequence[tuple[str, Tensor]], workers: int) -> None:
+    def __init__(
+        self, make: Callable[[], DoubleSqueeze], parameters: Sequence[tuple[str, Tensor]], workers: int, local_size: int = 1
+    ) -> None:
         self.squeezes = [make() for _ in range(workers)]
         if workers < 2:
             raise ValueError(f"Workers: workers must be at least 2, got {workers}")
-        transports = InProcessTransport.group(workers, self.squeezes[0].options.server)
+        transports = InProcessTransport.group(workers, self.squeezes[0].options.server, local_size=local_size)
         self.reducers = []
         for squeeze, transport in zip(self.squeezes, transports, strict=True):
             own = [(name, p.detach().clone().requires_grad_(p.requires_grad)) for name, p in parameters]
@@ -241,7 +285,7 @@ class Workers:
                 if session.admit(p):
                     session.ready(p)
             session.flush()
-        for _ in ("push", "pull"):
+        for _ in range(4):  # in two levels: reduce, push, pull, share
             for session in self.sessions:
                 session.poll()
         self._attach_averages()

@@ -46,6 +46,7 @@ class Options:
     sync_steps: int = 0
     model: nn.Module | None = None
     server: int | None = None
+    hierarchical: bool | None = None
     bucket_cap_mb: float | None = 25.0
     min_numel: int = 4096
     choose: Choose | None = None
@@ -55,6 +56,7 @@ class Options:
             object.__setattr__(self, "compressor", _BY_DEFAULT)
         for name in ("worker_error", "server_error", "lr_aware"):
             self._check(name, bool, "must be True or False,", lambda value: True)
+        self._check("hierarchical", bool, "must be True, False or None,", lambda value: True)
         self._check("momentum", float, "must be at least 0 and under 1,", lambda value: 0 <= value < 1)
         self._check("warmup_steps", int, "must be a whole number, 0 or more;", lambda value: value >= 0)
         self._check("staleness", int, f"must be a whole number from 0 to {MOST_STALE},", lambda value: 0 <= value <= MOST_STALE)
@@ -85,7 +87,7 @@ class Options:
     def _check(self, name: str, kind: type, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
         """Makes an option a plain value of its kind."""
         value = getattr(self, name)
-        if value is None and name in ("max_norm", "server", "bucket_cap_mb"):
+        if value is None and name in ("max_norm", "server", "hierarchical", "bucket_cap_mb"):
             return
         kinds = {bool: (bool, np.bool_), int: (Integral,), float: (Real,)}[kind]
         if not isinstance(value, kinds) or (kind is not bool and isinstance(value, bool | np.bool_)) or not is_allowed(value):

@@ -32,8 +32,9 @@ class Loaded(NamedTuple):
     """Of the state."""
     of_all: bool
     """Whether it is what all ranks hold together, of which each took its part."""
-    errors: dict[str, Tensor] | None = None
-    """All of them, where no rank's part tells what the whole was: where only servers compensate, each for its shard."""
+    whole: dict[str, dict[str, Tensor]] | None = None
+    """Its errors and velocities, where no rank's part tells what the whole was: where only servers compensate, each for its
+    shard, and in two levels, where each rank holds its slice."""
 
 
 class Reducer:
@@ -291,7 +292,7 @@ class Reducer:
             everyones = session.transport.gather_objects({"reset_errors() after step": session.step}, session.name + ".reset")
             require_agreement(everyones)
             session.restore_frozen()
-            session.import_residual({}, session.step)
+            session.import_residual({}, session.step, alike=True)
         self._carried_over, self._late, self._loaded = {}, {}, None
         self.velocities.load_state_dict({})
 
@@ -320,6 +321,7 @@ class Reducer:
         sparse: Iterable[str],
         velocities: Mapping[str, Tensor],
         late: Mapping[str, Tensor],
+        alike: bool = False,
     ) -> None:
         """Replaces all that is held.
 
@@ -335,6 +337,8 @@ class Reducer:
             By name, the same on all ranks: of parameters that are not compressed, and of others the mean.
         late
             As `late` gives it.
+        alike
+            Whether all ranks are given the same residuals. Otherwise all of them must call this.
         """
         residuals, velocities = dict(residuals), dict(velocities)
         self.load_late(late)
@@ -352,7 +356,7 @@ class Reducer:
                     own = velocities.pop(name).float() / session.transport.size
                     error, u = residuals.get(name, Residual(torch.zeros_like(own), None))
                     residuals[name] = Residual(error, own if u is None else own.to(u.device) + u)
-            session.import_residual(residuals, steps)
+            session.import_residual(residuals, steps, alike)
         self.velocities.load_state_dict(velocities)
 
 

@@ -38,18 +38,23 @@ def export_residual(exchange: Exchange[Any]) -> tuple[Tensor, Tensor | None]:
     Returns
     -------
     error, velocity
-        ``weight * e + E`` and ``weight * u``, the latter None without momentum correction; float32 ``(layout.numel,)``, new.
+        ``weight * e + E`` and ``weight * u``, the latter None without momentum correction; float32 ``(whole.numel,)``, new.
     """
     exchange.streams.wait_for_side()
-    worker, server, weight = exchange.worker, exchange.server, exchange.weight
-    if worker.error is None:
-        error = torch.zeros(exchange.layout.numel, dtype=torch.float32, device=exchange.device)
-    else:
-        error = worker.error * weight
+    worker, server = exchange.worker, exchange.server
+    error = _spread(exchange, worker.error)
     if server.error is not None:
         error[_served(exchange)] += server.error
         error.clamp_(-LARGEST, LARGEST)
-    return error, None if worker.velocity is None else worker.velocity * weight
+    return error, None if worker.velocity is None else _spread(exchange, worker.velocity)
+
+
+def _spread(exchange: Exchange[Any], array: Tensor | None) -> Tensor:
+    """``weight * array`` of the slice, in an array of the whole that is zero elsewhere; all zero without one."""
+    whole = torch.zeros(exchange.whole.numel, dtype=torch.float32, device=exchange.device)
+    if array is not None:
+        torch.mul(array, exchange.weight, out=whole[exchange.span])
+    return whole
 
 
 def import_residual(exchange: Exchange[Any], error: Tensor, velocity: Tensor | None, step: int) -> None:
@@ -58,36 +63,43 @@ def import_residual(exchange: Exchange[Any], error: Tensor, velocity: Tensor | N
     Parameters
     ----------
     error, velocity
-        As `export_residual` gives them. Where workers do not compensate, the error must be the same on all ranks, each of
-        which holds its equal part.
+        As `export_residual` gives them; outside of the slice nothing is read. Where workers do not compensate, the error must
+        be the same on all ranks, each of which holds its equal part.
     step
         How many have been taken.
     """
     worker, server = exchange.worker, exchange.server
     if worker.error is not None:
-        torch.div(error, exchange.weight, out=worker.error).clamp_(-LARGEST, LARGEST)
+        torch.div(error[exchange.span], exchange.weight, out=worker.error).clamp_(-LARGEST, LARGEST)
     if server.error is not None:
         server.error.zero_()
         if worker.error is None:
-            server.error.add_(error[_served(exchange)], alpha=exchange.transport.size).clamp_(-LARGEST, LARGEST)
+            server.error.add_(error[_served(exchange)], alpha=exchange.workers).clamp_(-LARGEST, LARGEST)
     if worker.velocity is not None:
         if velocity is None:
             worker.velocity.zero_()
         else:
-            torch.div(velocity, exchange.weight, out=worker.velocity).clamp_(-LARGEST, LARGEST)
-    worker.step = server.step = step
+            torch.div(velocity[exchange.span], exchange.weight, out=worker.velocity).clamp_(-LARGEST, LARGEST)
+    exchange.steps = worker.step = server.step = step
     exchange.streams.publish()
 
 
 def _served(exchange: Exchange[Any]) -> slice:
-    start = exchange.server.first_shard * exchange.layout.shard_numel
-    return slice(start, start + exchange.layout.shard_numel)
+    start = exchange.server.first_shard * exchange.whole.shard_numel
+    return slice(start, start + exchange.whole.shard_numel)
+
+
+def _in_slice(exchange: Exchange[Any], offset: int, numel: int) -> slice:
+    """Where a part of the whole lies in the arrays of the slice, as far as it does."""
+    start, stop = exchange.span.start, exchange.span.stop
+    first = min(max(offset, start), stop) - start
+    return slice(first, max(first, min(offset + numel, stop) - start))
 
 
 def by_parameter(bucket: Bucket[Any], error: Tensor, velocity: Tensor | None) -> dict[str, Residual]:
     """Views of a bucket's arrays, by name of parameter."""
     result = {}
-    for name, p, offset in zip(bucket.names, bucket.parameters, bucket.exchange.layout.offsets, strict=True):
+    for name, p, offset in zip(bucket.names, bucket.parameters, bucket.exchange.whole.offsets, strict=True):
         here = slice(offset, offset + p.numel())
         result[name] = Residual(error[here].view(p.shape), None if velocity is None else velocity[here].view(p.shape))
     return result
@@ -95,7 +107,7 @@ def by_parameter(bucket: Bucket[Any], error: Tensor, velocity: Tensor | None) ->
 
 def by_bucket(bucket: Bucket[Any], residuals: Mapping[str, Residual]) -> tuple[Tensor, Tensor | None]:
     """The arrays of a bucket; zeros where a parameter has no residual."""
-    layout, device = bucket.exchange.layout, bucket.exchange.device
+    layout, device = bucket.exchange.whole, bucket.exchange.device
     error = torch.zeros(layout.numel, dtype=torch.float32, device=device)
     velocity = None if bucket.exchange.velocity is None else torch.zeros_like(error)
     for name, offset, numel in zip(bucket.names, layout.offsets, layout.numels, strict=True):
@@ -111,8 +123,8 @@ def state_of(bucket: Bucket[Any], p: Tensor) -> list[Tensor]:
     """Views of what this rank holds of one parameter: of both errors, then of the velocity. To change between two steps."""
     exchange, tensor = bucket.exchange, next(i for i, q in enumerate(bucket.parameters) if q is p)
     exchange.streams.wait_for_side()
-    layout, worker, server = exchange.layout, exchange.worker, exchange.server
-    flat = slice(layout.offsets[tensor], layout.offsets[tensor] + layout.numels[tensor])
+    layout, worker, server = exchange.whole, exchange.worker, exchange.server
+    flat = _in_slice(exchange, layout.offsets[tensor], layout.numels[tensor])
     parts = [] if worker.error is None else [worker.error[flat]]
     if server.error is not None:  # at most one piece of a tensor lies in a shard
         pieces = layout.pieces[server.first_shard]
@@ -128,10 +140,12 @@ def keep(bucket: Bucket[Any], p: Tensor, aggregated: Tensor) -> None:
     Each rank adds it to its worker error, so that the mean of all is larger by just that.
     """
     exchange, values = bucket.exchange, aggregated.detach().reshape(-1).float()
-    layout, values = exchange.layout, values.where(values.isfinite(), 0.0)
+    layout, values = exchange.whole, values.where(values.isfinite(), 0.0)
     start = layout.offsets[next(i for i, q in enumerate(bucket.parameters) if q is p)]
     if exchange.worker_error is not None:
-        exchange.worker_error[start : start + values.numel()] += values / (exchange.weight * exchange.transport.size)
+        here = _in_slice(exchange, start, values.numel())
+        first = max(0, exchange.span.start - start)
+        exchange.worker_error[here] += values[first : first + here.stop - here.start] / (exchange.weight * exchange.workers)
     elif exchange.server_error is not None:
         at = exchange.server.first_shard * layout.shard_numel - start  # of the shard, in the parameter
         first, last = max(at, 0), min(at + layout.shard_numel, values.numel())
@@ -147,7 +161,7 @@ def rescale(bucket: Bucket[Any], factor: float, of_parameters: Sequence[float], 
     nobody would skip that step.
     """
     exchange = bucket.exchange
-    largest = LARGEST / (4 * exchange.transport.size)
+    largest = LARGEST / (4 * exchange.workers)
     exchange.streams.wait_for_side()
     if factor != 1.0:
         for array in (exchange.worker.error, exchange.server.error, exchange.worker.velocity):

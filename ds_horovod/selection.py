@@ -153,10 +153,30 @@ class Selection:
         return Plan(list(names), list(parameters), options, layout)
 
 
-def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plans: Sequence[Plan], workers: int) -> str:
-    """A table of what is compressed, bucket by bucket, what is not and why, and what that saves."""
-    lines = []
-    ring = 2 * (workers - 1) / workers
+def explain(
+    selection: Selection,
+    parameters: Sequence[tuple[str, Tensor]],
+    plans: Sequence[Plan],
+    workers: int,
+    local_size: int = 1,
+    levels: str = "",
+) -> str:
+    """A table of what is compressed, bucket by bucket, what is not and why, and what that saves.
+
+    Parameters
+    ----------
+    selection, parameters, plans
+        What is compressed.
+    workers
+        How many ranks there are.
+    local_size
+        In two levels: how many of them are on each host.
+    levels
+        What there is to say of that.
+    """
+    lines = [levels] if levels else []
+    ring, hosts = 2 * (workers - 1) / workers, workers // local_size
+    among_hosts = 2 * (hosts - 1) / hosts / local_size
     dense_nbytes = sent = 0.0
     for b, plan in enumerate(plans):
         compressor, of_replies = plan.options.compressor, plan.options.reply_compressor
@@ -165,7 +185,7 @@ def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plan
         lines.append(f"  {_size(plan.nbytes)} of gradients, pushes {_size(plan.push_nbytes)}, pulls {_size(plan.reply_nbytes)}")
         lines += [f"    {name} {tuple(p.shape)}" for name, p in zip(plan.names, plan.parameters, strict=True)]
         dense_nbytes += ring * plan.nbytes
-        sent += ring / 2 * (plan.push_nbytes + plan.reply_nbytes)
+        sent += among_hosts / 2 * (plan.push_nbytes + plan.reply_nbytes)
     compressed = {name for plan in plans for name in plan.names}
     rest = [(name, p) for name, p in parameters if name not in compressed]
     if rest:
@@ -176,7 +196,9 @@ def explain(selection: Selection, parameters: Sequence[tuple[str, Tensor]], plan
         dense_nbytes += ring * nbytes
         sent += ring * nbytes
     less = dense_nbytes / sent if sent else 1.0
-    lines.append(f"each of {workers} ranks sends {_size(sent)} a step in place of {_size(dense_nbytes)}, {less:.1f} times less")
+    where = " to other hosts" if local_size > 1 else ""
+    saved = f"{_size(sent)} a step{where} in place of {_size(dense_nbytes)}, {less:.1f} times less"
+    lines.append(f"each of {workers} ranks sends {saved}")
     return "\n".join(lines)
 
 

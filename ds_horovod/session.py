@@ -247,9 +247,9 @@ class Session(Buckets[Handle]):
         self.agree_on_name()
         more = self._more_to_compare() if self._more_to_compare else {}
         unknown = [self._names[p] for p in self.unknown]
-        sparse, frozen = compare(self, more, unknown, [self._names[p] for p in step.attendance.frozen_everywhere])
+        sparse, frozen, news = compare(self, more, unknown, [self._names[p] for p in step.attendance.frozen_everywhere])
         self.started = True
-        if self.sparse != sparse:
+        if news:  # on all ranks alike: those of a host hand each other what they hold
             residuals, steps = Buckets.export_residual(self), self.step
             self.adopt(sparse, self.fill(sparse))
             self.import_residual(residuals, steps)
@@ -376,10 +376,10 @@ class Session(Buckets[Handle]):
         """This rank's part of what late steps will bring of a bucket."""
         return self.late.residual_of(bucket)
 
-    def import_residual(self, residuals: Mapping[str, Residual], step: int) -> None:
+    def import_residual(self, residuals: Mapping[str, Residual], step: int, alike: bool = False) -> None:
         """As `Buckets.import_residual`, in place of what late steps will bring, too."""
         self.late.drop()
-        super().import_residual(residuals, step)
+        super().import_residual(residuals, step, alike)
 
     def restore_frozen(self) -> None:
         """As `Buckets.restore_frozen`. What has been sent of frozen parameters is served without their errors."""

@@ -10,6 +10,25 @@ from torch import Tensor
 
 Handle = TypeVar("Handle")
 """Of a collective under way."""
+HandleOfHost = TypeVar("HandleOfHost", covariant=True)
+
+
+class Host(Protocol[HandleOfHost]):
+    """The ranks of one host, and what they send each other. `Transport.poll` and `Transport.wait` end it."""
+
+    size: int
+    """How many there are."""
+    rank: int
+    """Which of them this is, and so which slice of a bucket is its own."""
+
+    def scatter(self, rows: Tensor, name: str) -> HandleOfHost:
+        """Sends row i of ``uint8 (size, nbytes)`` to rank i, and gets ``(size, nbytes)``, a row of each."""
+
+    def share(self, rows: Tensor, name: str) -> HandleOfHost:
+        """Sends ``uint8 (n, nbytes)`` to all, and gets ``(size * n, nbytes)``, those of one rank after those of another."""
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        """Of all tensors, in the order of ranks. Blocks."""
 
 
 class Transport(Protocol[Handle]):
@@ -25,7 +44,10 @@ class Transport(Protocol[Handle]):
     shards: int
     """As many as there are servers: `size`, or 1."""
     serves: int | None
-    """The shard that this rank serves, or None."""
+    """The shard that this rank serves, of its slice, or None."""
+    host: Host[Handle] | None
+    """In two levels the ranks of this host, each with a slice of every bucket, which it exchanges with one rank of every other
+    host, its `workers`. None: every rank exchanges all of a bucket with all others."""
     in_order: bool
     """Whether collectives are matched by their order instead of their names. Pushes are matched with pushes then, and pulls
     with pulls, and all ranks must begin each kind in one order."""
@@ -33,10 +55,10 @@ class Transport(Protocol[Handle]):
     """Whether what arrives on a GPU is there only once the device's default stream has come so far."""
 
     def push(self, payload: Tensor, name: str) -> Handle:
-        """Sends chunk s of ``uint8 (shards, nbytes)`` to the server of shard s, which gets ``(size, nbytes)``."""
+        """Sends chunk s of ``uint8 (shards of the slice, nbytes)`` to the server of shard s: ``(workers, nbytes)`` there."""
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Handle:
-        """Sends each server's ``uint8 (nbytes,)`` to every rank, which gets ``(shards, nbytes)`` on a device."""
+        """Sends each server's ``uint8 (nbytes,)`` to every worker, which gets ``(shards of the slice, nbytes)`` on a device."""
 
     def poll(self, handle: Handle) -> bool:
         """Whether `wait` would return at once."""
@@ -53,6 +75,8 @@ class GroupTransport(Transport[Handle], Protocol[Handle]):
 
     ranks: list[int]
     """All ranks of the group, as the user counts them."""
+    levels: str
+    """What there is to say of hosts."""
 
     def gather_objects(self, value: Any, name: str) -> list[Any]:
         """Every rank's plain value, by rank. Blocks."""

@@ -105,17 +105,17 @@ def _run(command: tuple[str, ...], environment: dict[str, str], output: Path) ->
 
 
 @contextmanager
-def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20):
+def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20, hosts: int = 1):
     """The ranks of a job as processes that nobody watches over: horovodrun would end them all when one ends.
 
-    After the timeout a rank that waits for a dead one through another gives up.
+    After the timeout a rank that waits for a dead one through another gives up. All hosts are this machine.
     """
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http.http_server import RendezvousServer
 
     server = RendezvousServer(0)
     port = server.start()
-    slots = get_host_assignments(parse_hosts(f"localhost:{ranks}"), ranks)
+    slots = get_host_assignments(parse_hosts(",".join(f"host{i}:{ranks // hosts}" for i in range(hosts))), ranks)
     server.init(slots)
     with tempfile.TemporaryDirectory() as folder:
         started = []
@@ -137,9 +137,9 @@ def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20):
             server.stop()
 
 
-def run_ranks(ranks: int, *command: str, timeout: float = 300) -> str:
+def run_ranks(ranks: int, *command: str, timeout: float = 300, hosts: int = 1) -> str:
     """As `horovodrun`, in a fraction of the time: what of a test is about the plugin and not about how ranks are started."""
-    with separate_ranks(ranks, *command, gloo_timeout=PATIENT) as started:
+    with separate_ranks(ranks, *command, gloo_timeout=PATIENT, hosts=hosts) as started:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             codes = [rank.exitcode for rank in started]

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from support import COMPRESSORS, assert_same_bits, gathered, generator, spread
+from support import COMPRESSORS, assert_same_bits, gathered, generator
 
 from ds_horovod import DoubleSqueeze, NoCompression, OneBit, TopK
 from ds_horovod.double_squeeze import bind
-from ds_horovod.exchange import Exchange
 from ds_horovod.in_process import InProcessTransport, Simulation, Workers
 from ds_horovod.layout import pack
 from ds_horovod.options import Options
@@ -166,84 +165,6 @@ def test_a_pull_waits_for_the_pulls_before_it():
         for kind in ("push", "pull"):
             names = [name for r, name in begun if r == rank and name.endswith(kind)]
             assert names == [f"ordered.bucket{b}.{kind}" for b in range(2)]
-
-
-# ---- two levels: dense inside a host before and after, and a shard that is sharded again
-
-
-class TwoLevelTransport:
-    """That among hosts, and beside it an allgather inside a host."""
-
-    def __init__(self, among, inside):
-        self._among, self._inside = among, inside
-        self.rank, self.size, self.server = among.rank, among.size, among.server
-        self.shards, self.serves, self.in_order, self.stream_ordered = among.shards, among.serves, False, False
-
-    def push(self, payload, name):
-        return self._among, self._among.push(payload, name)
-
-    def pull(self, reply, nbytes, name, device):
-        return self._among, self._among.pull(reply, nbytes, name, device)
-
-    def gather_inside(self, values, name):
-        return self._inside, self._inside.pull(values.view(torch.uint8), 4 * len(values), name, values.device)
-
-    def poll(self, handle):
-        return handle[0].poll(handle[1])
-
-    def wait(self, handle):
-        return handle[0].wait(handle[1])
-
-
-class TwoLevelExchange(Exchange):
-    """The exchange of a slice of a bucket, between a dense sum inside the host and a dense gathering of the results."""
-
-    def step(self, work):
-        whole, inside = self.whole, self.transport._inside
-        everyones = yield "reduce", self.transport.gather_inside(spread(whole, work.source), "reduce")
-        own = slice(inside.rank * self.layout.numel, (inside.rank + 1) * self.layout.numel)
-        mean = everyones.view(torch.float32).mean(0)[own]
-        gradients = [mean[o : o + n].clone() for o, n in zip(self.layout.offsets, self.layout.numels, strict=True)]
-        destination, work.source, work.destination = work.destination, gradients, gradients
-        yield from super().step(work)
-        slices = yield "gather", self.transport.gather_inside(spread(self.layout, gradients), "gather")
-        flat = slices.view(torch.float32).view(-1)
-        for offset, tensor in zip(whole.offsets, destination, strict=True):
-            tensor.copy_(flat[offset : offset + len(tensor)])
-
-
-@pytest.mark.parametrize("hosts, local", [(2, 2), (3, 2), (2, 3)])
-@pytest.mark.parametrize("compressor", [OneBit(64), TopK(0.1), NoCompression()], ids=repr)
-def test_more_stages_are_more_yields_and_keep_the_law(compressor, hosts, local):
-    layout = pack(SIZES, compressor.block, hosts * local)
-    among = [InProcessTransport.group(hosts) for _ in range(local)]
-    exchanges = []
-    for host in range(hosts):
-        for rank, inside in enumerate(InProcessTransport.group(local)):
-            part = layout.slice(rank * hosts, hosts)
-            transport = TwoLevelTransport(among[rank][host], inside)
-            exchange = TwoLevelExchange(0, "two levels", part, Options(compressor), 1 / hosts, transport, torch.device("cpu"))
-            exchange.whole = layout
-            exchanges.append(exchange)
-    g = generator(2)
-    given = got = 0.0
-    for _ in range(3):
-        gradients = [[torch.randn(n, generator=g) for n in SIZES] for _ in exchanges]
-        given += sum(torch.cat(own).double() for own in gradients) / len(exchanges)
-        under_way = [exchange.begin(own, own) for exchange, own in zip(exchanges, gradients, strict=True)]
-        for stages in (1, 2, 3, 4):
-            for work in under_way:
-                work.poll(stages)
-        assert all(work.done for work in under_way)
-        got += torch.cat(gradients[0]).double()
-        for own in gradients[1:]:
-            assert_same_bits(torch.cat(own), torch.cat(gradients[0]))
-    kept = []
-    for rank in range(local):
-        own = [exchange for i, exchange in enumerate(exchanges) if i % local == rank]
-        errors = sum(exchange.worker_error.double() for exchange in own) / hosts
-        kept.append(errors + torch.cat([exchange.server_error for exchange in own]).double())
-    torch.testing.assert_close(got + gathered(layout, torch.cat(kept)), given, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)

@@ -358,9 +358,8 @@ def test_the_signature_is_that_of_the_options():
 def test_tab_completion_shows_what_a_user_calls():
     names = {name for name in dir(DoubleSqueeze()) if not name.startswith("_")}
     assert names == {
-        "broadcast_state", "change_compressor", "compress", "decompress", "explain", "flush", "full_state_dict",
-        "load_state_dict",
-        "options", "paper", "reset_errors", "state_dict", "stats",
+        "attach", "broadcast_state", "change_compressor", "compress", "decompress", "explain", "flush", "full_state_dict",
+        "load_state_dict", "options", "paper", "reset_errors", "state_dict", "stats", "tentative",
     }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..transport import Host
+
 _log = logging.getLogger("ds_horovod")
 # torch 2.13 has given it another name, and warns of the old one.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -64,6 +66,8 @@ class ProcessGroupTransport:
         self.shards = self.size if server is None else 1
         self.serves = self.rank if server is None else (0 if server == dist.get_rank() else None)
         self.in_order = True
+        self.host: Host[Sent] | None = None
+        self.levels = ""
         self.stream_ordered = False
         self._warnings = 0  # of the wait that goes on
         backend = str(dist.get_backend(parent))

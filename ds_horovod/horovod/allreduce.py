@@ -77,7 +77,7 @@ def allreduce(
     if process_set.size() == 1 or tensor.numel() == 0:
         return tensor.clone()
     require_horovod_for([tensor.device])
-    transport = HorovodTransport(compression.options.server, process_set)
+    transport = HorovodTransport(compression.options.server, process_set, compression.options.hierarchical)
     session = tensor_reducer(compression).session("doublesqueeze.tensor", name, tensor, average, transport)
     ((_, stand_in),) = session.parameters
     stand_in.grad = tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -87,5 +87,5 @@ def _adopt(scaler: Any, reducer: Reducer, exchanged: bool) -> None:
     units.scale = scale  # of all that has been exchanged, since that was the first step
     gradients = [reducer.gradient_of(p) for _, p in reducer.parameters]
     if session is not None and not all(bool(g.isfinite().all()) for g in gradients if g is not None):
-        session.import_residual({}, session.step)  # the step will be skipped, and before it there was nothing
+        session.import_residual({}, session.step, alike=True)  # the step will be skipped, and before it there was nothing
         reducer.velocities.load_state_dict({})

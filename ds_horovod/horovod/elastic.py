@@ -48,7 +48,8 @@ class DoubleSqueezeStateHandler(stock.StateHandler):  # type: ignore[misc]
         # It pickles, as Horovod's elastic states do on their way from rank 0 anyway: newcomers need compressors of any class.
         everyones = own.shared, loaded, secrets.token_hex(4)
         shared, loaded, era = hvd.broadcast_object(everyones, root_rank=0, name="doublesqueeze.elastic")
-        rebind(reducer, HorovodTransport(reducer.options.server), own._replace(shared=shared), era)
+        transport = HorovodTransport(reducer.options.server, hierarchical=reducer.options.hierarchical)
+        rebind(reducer, transport, own._replace(shared=shared), era)
         if loaded is not None:
             load(reducer, loaded)
         self.save()

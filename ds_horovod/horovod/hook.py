@@ -168,7 +168,7 @@ def _bind(self: Any, squeeze: DoubleSqueeze, call: inspect.BoundArguments, origi
     self._double_squeeze_reducer = None  # of a rank that is not in the process set
     self._double_squeeze_parameters = parameters
     if process_set.included():
-        transport = HorovodTransport(squeeze.options.server, process_set)
+        transport = HorovodTransport(squeeze.options.server, process_set, squeeze.options.hierarchical)
         reducer = self._double_squeeze_reducer = bind(squeeze, "doublesqueeze", parameters, average, transport, grouped)
         self._parameter_names = _CollectiveNames(reducer, parameters)
         if reducer.session is not None and not reducer.session.buckets:
@@ -558,7 +558,9 @@ def _begin_step(self: Any) -> None:
         require_handler(self.double_squeeze)
         # Where ranks have only left, Horovod does not synchronize states.
         if reducer.transport.size != self.process_set.size():
-            rebind(reducer, HorovodTransport(reducer.options.server, self.process_set), snapshot(reducer))
+            options = reducer.options
+            transport = HorovodTransport(options.server, self.process_set, options.hierarchical)
+            rebind(reducer, transport, snapshot(reducer))
     if reducer.session is not None:
         reducer.session.cancel()  # what is still under way was dropped by optimizer.load_state_dict
     if reducer.options.staleness and self._double_squeeze_dense.flushed:  # it is on its way until its step is due

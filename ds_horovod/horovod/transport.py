@@ -17,6 +17,8 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from torch import Tensor
 
+from ..transport import Host
+
 _log = logging.getLogger("ds_horovod")
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
 _names = 0
@@ -45,11 +47,90 @@ def pin(tensor: Tensor) -> Tensor:
     return holder
 
 
+def hosts_of(ranks: Sequence[int]) -> list[list[int]]:
+    """Some ranks by host, where those of a host follow each other, as horovodrun places them. Empty where they do not, or
+    where hosts have unequal numbers of ranks."""
+    local_size = hvd.local_size()
+    if not mpi_ops.is_homogeneous() or hvd.rank() != hvd.cross_rank() * local_size + hvd.local_rank():
+        return []
+    hosts: dict[int, list[int]] = {}
+    for rank in ranks:
+        hosts.setdefault(rank // local_size, []).append(rank)
+    return list(hosts.values())
+
+
+def two_levels(hierarchical: bool | None, server: int | None, ranks: Sequence[int]) -> tuple[list[list[int]], str]:
+    """Whether each bucket is exchanged in two levels.
+
+    Returns
+    -------
+    hosts, description
+        The ranks of each host; none, where it is not. And what there is to say of that.
+
+    Raises
+    ------
+    ValueError
+        The user wants it, and it cannot be: why.
+    """
+    if len(ranks) == 1:
+        return [], "one rank"
+    hosts = hosts_of(ranks)
+    sizes = {len(host) for host in hosts}
+    problem = None
+    if server is not None:
+        problem = f"server={server}, which serves all of every bucket"
+    elif not hosts:
+        problem = "hosts of different numbers of ranks, or ranks in another order than horovodrun's"
+    elif len(sizes) > 1:
+        problem = f"different numbers of ranks of the process set on its hosts, {hosts}"
+    elif sizes == {1}:
+        problem = "one rank on each host"
+    elif len(hosts) == 1:
+        problem = f"one host, with {len(ranks)} ranks"
+    if problem is None and hierarchical is False:
+        problem = "hierarchical=False"
+    elif hierarchical and problem is not None:
+        raise ValueError(
+            f"DoubleSqueeze: hierarchical=True needs several hosts with the same number of ranks, more than one; got {problem}"
+        )
+    if problem is not None:
+        return [], f"one level: {problem}"
+    return hosts, f"two levels: {len(hosts)} hosts with {len(hosts[0])} ranks each, which add up their gradients first"
+
+
+class _HorovodHost:
+    """See `Host`. Horovod's alltoall sends nothing to other hosts.
+
+    Parameters
+    ----------
+    transport
+        Of all ranks.
+    members
+        The ranks of this host, counted within the process set.
+    """
+
+    def __init__(self, transport: HorovodTransport, members: list[int]) -> None:
+        self.size, self.rank = len(members), members.index(transport.rank)
+        self._transport, self._members = transport, members
+
+    def scatter(self, rows: Tensor, name: str) -> int:
+        return self._transport.alltoall(rows, name, self._members, 1)
+
+    def share(self, rows: Tensor, name: str) -> int:
+        return self._transport.alltoall(rows.repeat(self.size, 1), name, self._members, len(rows))
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        handle = self.share(tensor.contiguous().view(torch.uint8).view(1, -1), name)
+        rows = self._transport.result(handle, name)
+        return rows.view(tensor.dtype).view(self.size, *tensor.shape).sum(0)
+
+
 class HorovodTransport:
     """Horovod between the ranks of a process set: one alltoall to push, one allgather to pull.
 
     Splits are equal, sizes and names fixed: that keeps Horovod's response cache and its fastest paths. With one server
-    the alltoall sends everything to that rank, which broadcasts its reply.
+    the alltoall sends everything to that rank, which broadcasts its reply. In two levels all are alltoalls, which send nothing
+    to ranks that take no part.
 
     Parameters
     ----------
@@ -57,14 +138,18 @@ class HorovodTransport:
         The rank that serves all of every bucket, as `hvd.rank` counts. None: every rank serves its shard.
     process_set
         This rank must be in it. `rank` and `size` are those within it, `ranks` are counted as `hvd.rank` does.
+    hierarchical
+        See `two_levels`.
 
     Raises
     ------
     ValueError
-        The server is not in the process set.
+        The server is not in the process set, or there cannot be two levels.
     """
 
-    def __init__(self, server: int | None = None, process_set: Any = hvd.global_process_set) -> None:
+    def __init__(
+        self, server: int | None = None, process_set: Any = hvd.global_process_set, hierarchical: bool | None = False
+    ) -> None:
         ranks = process_set.ranks or list(range(hvd.size()))
         if server is not None and server not in ranks:
             raise ValueError(f"DoubleSqueeze: server must be one of the ranks {', '.join(map(str, ranks))}; got {server}")
@@ -83,18 +168,39 @@ class HorovodTransport:
         self._warnings = 0  # of the wait that goes on
         equal = server is None
         self._splits = torch.tensor([] if equal else [int(rank == server) for rank in ranks], dtype=torch.int32, device="cpu")
-        self._pinned_splits = pin(self._splits)
         # By handle. What belongs to a handle that has failed stays until Horovod has been shut down: it tells of the failure
         # first, and drops tensors then.
         self._pins: dict[int, list[Tensor]] = {}
+        self.host: Host[int] | None = None
+        self._peers: list[int] = []  # in two levels: those of other hosts that have the same slice, and this one
+        hosts, self.levels = two_levels(hierarchical, server, ranks)
+        hosts = [[ranks.index(rank) for rank in host] for host in hosts]
+        for at, host in enumerate(hosts):
+            if self.rank in host:
+                self.host, self.serves = _HorovodHost(self, host), at
+                self._peers = [other[host.index(self.rank)] for other in hosts]
 
     def push(self, payload: Tensor, name: str) -> int:
+        if self.host is not None:
+            return self.alltoall(payload, name, self._peers, 1)
+        return self._alltoall(payload, self._splits, name)
+
+    def alltoall(self, rows: Tensor, name: str, members: Sequence[int], count: int) -> int:
+        """Begins to send `count` rows to each of some members, one after the other, and none to others."""
+        splits = torch.zeros(self.size, dtype=torch.int32, device="cpu")
+        splits[list(members)] = count
+        return self._alltoall(rows, splits, name)
+
+    def _alltoall(self, rows: Tensor, splits: Tensor, name: str) -> int:
         # As hvd.alltoall_async, whose outputs could only be pinned once they are under way.
-        output, received = payload.new_empty(0), torch.empty(0, dtype=torch.int32, device="cpu")
-        arguments = payload, self._splits, output, received, name, self._process_set
-        return self._begin(lambda: mpi_ops._alltoall_async(*arguments), payload, output, received)
+        output, received = rows.new_empty(0), torch.empty(0, dtype=torch.int32, device="cpu")
+        arguments = rows, splits, output, received, name, self._process_set
+        return self._begin(lambda: mpi_ops._alltoall_async(*arguments), rows, splits, output, received)
 
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> int:
+        if self.host is not None:
+            assert reply is not None
+            return self.alltoall(reply.repeat(len(self._peers), 1), name, self._peers, 1)
         if self.server is None:
             assert reply is not None
             row, output = reply.unsqueeze(0), reply.new_empty(0)
@@ -191,7 +297,7 @@ def _has_ended() -> bool:
 
 
 _CALLS = {
-    r"doublesqueeze\.tensor\.(.+)\.(agreement|bucket0(\.\w+)*\.(push|pull))": r"allreduce(name='\1')",
+    r"doublesqueeze\.tensor\.(.+)\.(agreement|bucket0(\.\w+)*\.(reduce|push|pull|share))": r"allreduce(name='\1')",
     r".*\.agreement": "the first step's comparison, of what ranks hold",
     r".*\.name": "the optimizer's first step or first collective call",
     r".*\.reset": "reset_errors()",

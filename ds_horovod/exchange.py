@@ -166,6 +166,7 @@ class Exchange(Generic[Handle]):
             compressor.encode(layout, work.source, self.worker, payload)
         self.worker.step += 1
         if work.late:
+            work.sent = Sent(compressor, payload)
             work.source = ()  # the optimizer has the gradients from here on
         reply, reply_nbytes = None, reply_compressor.chunk_nbytes(layout)
         self._count_traffic(payload.shape[1], reply_nbytes)
@@ -186,7 +187,7 @@ class Exchange(Generic[Handle]):
             replies = yield name + ".share", host.share(own, name + ".share")
 
         if work.held and not work.cancelled:
-            work.replied = Replied(compressor, payload, reply_compressor, own, replies)
+            work.replied = Replied(Sent(compressor, payload), reply_compressor, own, replies)
             yield None
             if work.skipped and before is not None and self.server.error is not None:
                 self.server.error.copy_(before)
@@ -202,6 +203,7 @@ class Exchange(Generic[Handle]):
                             compressor.rollback(layout, payload, mask, work.source, self.worker)
                     reply_compressor.decode(self.whole, replies, work.destination)
 
+        work.sent = None
         if compressor is not _UNCOMPRESSED:  # the warm-up's buffers are large, and soon not needed
             self.release(payload)
             if reply is not None:
@@ -235,7 +237,7 @@ class Exchange(Generic[Handle]):
         mask = replied.reply_compressor.nonfinite_mask(layout, replied.own)
         if mask is not None:
             factors = [work.factors[i] for i in self.tensors]
-            restore_sent(layout, replied.sent(layout), mask, factors, self.worker.error)
+            restore_sent(layout, replied.sent.values(layout), mask, factors, self.worker.error)
         replied.reply_compressor.decode(self.whole, replied.replies, work.destination)
         for gradient, factor in zip(work.destination, work.factors, strict=True):
             if factor != 1.0:
@@ -254,7 +256,7 @@ class Exchange(Generic[Handle]):
         assert replied is not None
         result = self._zeros(layout.numel)
         factors = [work.factors[i] for i in self.tensors]
-        rows = zip(layout.offsets, replied.replied(layout), replied.sent(layout), factors, strict=True)
+        rows = zip(layout.offsets, replied.replied(layout), replied.sent.values(layout), factors, strict=True)
         for offset, values, own, factor in rows:
             own = own.where(own.isfinite(), 0.0) * self.weight
             part = torch.where(values.isfinite(), values / self.workers, own)
@@ -320,20 +322,26 @@ class Exchange(Generic[Handle]):
         setattr(self.totals, f"{what}_seconds", seconds)
 
 
-class Replied(NamedTuple):
-    """The payloads of a step whose replies are there."""
+class Sent(NamedTuple):
+    """What a worker has pushed."""
 
     compressor: Compressor
     payload: Tensor
+
+    def values(self, layout: Layout) -> list[Tensor]:
+        """A float32 tensor for each of the layout's."""
+        return decoded(layout, self.payload, partial(self.compressor.decode, layout))
+
+
+class Replied(NamedTuple):
+    """The payloads of a step whose replies are there."""
+
+    sent: Sent
     reply_compressor: Compressor
     own: Tensor
     """The replies of the slice that this rank exchanges."""
     replies: Tensor
     """All of them."""
-
-    def sent(self, layout: Layout) -> list[Tensor]:
-        """What this worker pushed: a float32 tensor for each of the layout's."""
-        return decoded(layout, self.payload, partial(self.compressor.decode, layout))
 
     def replied(self, layout: Layout) -> list[Tensor]:
         """What the servers of the slice replied, alike."""
@@ -371,6 +379,8 @@ class InFlight(Generic[Handle]):
         self.late = destination is None
         self.held = held or self.late
         self.destination: Sequence[Tensor] = destination or ()
+        self.sent: Sent | None = None
+        """Of a step that is late."""
         self.replied: Replied | None = None
         """Of a step that is held, once it is `arrived`."""
         self.skipped: bool | None = None

@@ -28,10 +28,14 @@ class LateSteps(Generic[Handle]):
         Where their exchanges are.
     names
         Of the parameters.
+    momentum
+        Of momentum correction: averages are sparse then, and hold what many steps have added up, so that this rank's push is
+        the better estimate of them.
     """
 
-    def __init__(self, staleness: int, pipeline: Pipeline[Handle], names: Mapping[Tensor, str]) -> None:
+    def __init__(self, staleness: int, pipeline: Pipeline[Handle], names: Mapping[Tensor, str], momentum: float = 0.0) -> None:
         self._staleness = staleness
+        self._momentum = momentum
         self._pipeline = pipeline
         self._names = names
         self._steps: deque[Step[Handle]] = deque()
@@ -62,6 +66,8 @@ class LateSteps(Generic[Handle]):
         """Of the averages that are under way, unscaled; by step. Only that of the step that is due next may be used up."""
         is_due = len(self._steps) == self._staleness
         found = [step.estimate if i == 0 and is_due else dict(step.estimate) for i, step in enumerate(self._steps)]
+        if self._momentum:
+            found = [estimate | step.pushed() for estimate, step in zip(found, self._steps, strict=True)]
         return [estimate for estimate in found if estimate]
 
     def wait(self) -> None:

@@ -240,6 +240,11 @@ class Reducer:
     def tentative_steps(self) -> TentativeSteps | None:
         """From now on each step keeps what they need; None where nothing is ever late."""
         if self.tentative is not None and self.session is not None:
+            if self.options.momentum and self.transport.host is not None:
+                raise ValueError(
+                    f"DoubleSqueeze: tentative steps with momentum={self.options.momentum} need one level, and there are two; "
+                    "pass hierarchical=False"
+                )
             self.session.late.keeps_estimates = True
         return self.tentative
 

@@ -87,7 +87,7 @@ class Session(Buckets[Handle]):
         super().__init__(name, parameters, selection, weight, transport, own_name=more_to_compare is not None)
         self.pipeline = Pipeline(transport, self.totals)
         self._hold_errors = False
-        self.late: LateSteps[Handle] = LateSteps(self.options.staleness, self.pipeline, self._names)
+        self.late: LateSteps[Handle] = LateSteps(self.options.staleness, self.pipeline, self._names, self.options.momentum)
 
     @property
     def held(self) -> bool:
@@ -261,7 +261,7 @@ class Session(Buckets[Handle]):
         step = self._step
         if step is not None and step.flushed and not step.queued:
             if step.late and self.late.keeps_estimates:
-                step.keep_estimate(self.gradient_of)
+                step.keep_estimate(self.gradient_of, but=self.bucket_of if self.options.momentum else ())
             self.due = self.late.queue(step)
         if self.due is not None:
             self.pipeline.drain(self.due.works)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
@@ -89,6 +89,7 @@ class Step(Generic[Handle]):
         """Its exchanges, once they have begun."""
         self.estimate: dict[Tensor, Tensor] = {}
         """Of the averages that it will bring, of a step that is late; see `keep_estimate`."""
+        self._scale_then = 1.0
         self.uncompressed: Uncompressed | None = None
         """The rest, of a step that is late."""
         self.attendance = attendance
@@ -168,12 +169,23 @@ class Step(Generic[Handle]):
         """By what to multiply what it brings of some parameters."""
         return [self.scale * self.rates.get(name, 1.0) for name in names]
 
-    def keep_estimate(self, gradient_of: Callable[[Tensor], Tensor | None]) -> None:
-        """Takes this rank's gradients, unscaled, for what their averages will be. Where one is not finite, it takes none."""
-        gradients = [(p, gradient_of(p)) for p in self.admitted]
+    def keep_estimate(self, gradient_of: Callable[[Tensor], Tensor | None], but: Container[Tensor] = ()) -> None:
+        """Takes this rank's gradients, unscaled, but some, for what their averages will be; none where one is not finite."""
+        self._scale_then = self._units.scale
+        gradients = [(p, gradient_of(p)) for p in self.admitted if p not in but]
         own = {p: gradient.detach() / self._units.scale for p, gradient in gradients if gradient is not None}
-        norms = torch._foreach_norm(list(own.values()))
+        norms = torch._foreach_norm(list(own.values())) if own else ()
         self.estimate = own if all(bool(norm.isfinite()) for norm in norms) else {}
+
+    def pushed(self) -> dict[Tensor, Tensor]:
+        """What this rank has pushed, unscaled, by parameter; nothing where it is not finite."""
+        result = {}
+        for work in self.works:
+            if work.sent is not None:
+                for p, values in zip(work.bucket.parameters, work.sent.values(work.exchange.whole), strict=True):
+                    finite = values.where(values.isfinite(), 0.0) / self._scale_then
+                    result[p] = finite.view(p.shape).to(p.dtype)
+        return result
 
     def changed(self, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """A parameter whose gradient is no longer what was handed over; from here on nobody else may have them."""

@@ -154,3 +154,23 @@ def test_a_server_that_is_slow_knows_in_which_units_a_push_is(monkeypatch, serve
     for name, held in all_that_waits(workers, slow).items():
         if name != "b":  # no exchange takes it, so that only its scale follows
             assert (total[name] - held).abs().max() < 1e-4 * (1 + held.abs().max()), name
+
+
+def test_estimates_are_own_gradients_and_with_momentum_own_pushes():
+    """By name; a push and what it has left in the error make up the gradient of the first step."""
+    gradients = draw(2, 0)
+    plain, momentum = make(2, TopK(0.2), staleness=1), make(2, TopK(0.2), staleness=1, momentum=0.5)
+    for workers in plain, momentum:
+        workers.exchange([[tensor.clone() for tensor in own] for own in gradients])
+    for worker, own in enumerate(gradients):
+        (estimate,), (pushed,) = plain.estimates(worker), momentum.estimates(worker)
+        for name, gradient in zip(SHAPES, own, strict=True):
+            assert torch.equal(estimate[name], gradient)
+            if name == "b":  # no exchange takes it
+                assert torch.equal(pushed[name], gradient)
+                continue
+            (bucket,) = [bucket for bucket in momentum.sessions[worker].buckets if name in bucket.names]
+            offset = bucket.exchange.whole.offsets[bucket.names.index(name)]
+            left = bucket.exchange.worker_error[offset : offset + gradient.numel()].view(gradient.shape)
+            assert 0 < (pushed[name] != 0).sum() < gradient.numel()
+            torch.testing.assert_close(pushed[name] + left, gradient)

@@ -102,7 +102,7 @@ class DoubleSqueeze:
     hierarchical
         Whether the ranks of a host add up their gradients first, and each of them exchanges its slice of every bucket with one
         rank of every other host: a host sends, and holds of worker errors, what one rank would. None: where there are several
-        hosts with the same number of ranks, more than one. With Horovod.
+        hosts with the same number of ranks, more than one.
     bucket_cap_mb
         MiB of gradients that travel together, at most; a larger parameter travels alone. Smaller buckets leave earlier,
         larger ones cost fewer collectives. None: one bucket for all.

@@ -92,3 +92,48 @@ class GroupTransport(Transport[Handle], Protocol[Handle]):
 
     def unique_name(self, prefix: str) -> str:
         """A name for collectives that begins so, is the same on all ranks, and stands for nothing else. Blocks."""
+
+
+def two_levels(hierarchical: bool | None, server: int | None, hosts: list[list[int]]) -> tuple[list[list[int]], str]:
+    """Whether each bucket is exchanged in two levels.
+
+    Parameters
+    ----------
+    hierarchical, server
+        As the user chose them.
+    hosts
+        The ranks of each host; none, where that cannot be told.
+
+    Returns
+    -------
+    hosts, description
+        The ranks of each host; none, where there is one level. And what there is to say of that.
+
+    Raises
+    ------
+    ValueError
+        The user wants two levels, and that cannot be: why.
+    """
+    sizes = {len(host) for host in hosts}
+    if len(hosts) == 1 and sizes == {1}:
+        return [], "one rank"
+    problem = None
+    if server is not None:
+        problem = f"server={server}, which serves all of every bucket"
+    elif not hosts:
+        problem = "hosts of different numbers of ranks, or ranks in another order than horovodrun's"
+    elif len(sizes) > 1:
+        problem = f"different numbers of ranks on hosts, {hosts}"
+    elif sizes == {1}:
+        problem = "one rank on each host"
+    elif len(hosts) == 1:
+        problem = f"one host, with {len(hosts[0])} ranks"
+    if problem is None and hierarchical is False:
+        problem = "hierarchical=False"
+    elif hierarchical and problem is not None:
+        raise ValueError(
+            f"DoubleSqueeze: hierarchical=True needs several hosts with the same number of ranks, more than one; got {problem}"
+        )
+    if problem is not None:
+        return [], f"one level: {problem}"
+    return hosts, f"two levels: {len(hosts)} hosts with {len(hosts[0])} ranks each, which add up their gradients first"

@@ -3,7 +3,9 @@
 import functools
 import json
 import re
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,27 @@ SCRIPT = ROOT / "tests" / "workers" / "ddp.py"
 NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 def torchrun(ranks, script, *arguments, timeout=1200):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
+    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
     return run_command(list(map(str, command)), timeout)
+
+
+def torchrun_on_two_nodes(ranks, script, *arguments, timeout=1200):
+    """So many ranks on each. Both nodes are this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_all = ["--nnodes=2", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+
+    def run(node):
+        return run_command([*TORCHRUN, *of_all, f"--node-rank={node}", str(script), *map(str, arguments)], timeout)
+
+    with ThreadPoolExecutor(2) as pool:
+        codes, outputs = zip(*pool.map(run, range(2)), strict=True)
+    return max(map(abs, codes)), "".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +46,9 @@ def results(tmp_path_factory):
 
     @functools.cache
     def of(ranks):
-        code, output = torchrun(ranks, SCRIPT, folder / f"checks{ranks}")
-        files = [folder / f"checks{ranks}.{rank}" for rank in range(ranks)]
+        run, on_each = (torchrun_on_two_nodes, 2) if ranks == "2x2" else (torchrun, ranks)
+        code, output = run(on_each, SCRIPT, folder / f"checks{ranks}")
+        files = [folder / f"checks{ranks}.{rank}" for rank in range(4 if ranks == "2x2" else ranks)]
         return [json.loads(file.read_text()) if file.exists() else {} for file in files], output[-4000:] if code else ""
 
     return of
@@ -38,7 +59,7 @@ def results(tmp_path_factory):
     "ranks, check",
     [
         pytest.param(ranks, name, marks=pytest.mark.xdist_group(f"ddp on {ranks} ranks"))
-        for ranks in (4, 3, 2)
+        for ranks in (4, 3, 2, "2x2")
         for name in [*NAMES, "end"]
     ],
 )

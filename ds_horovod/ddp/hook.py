@@ -217,7 +217,7 @@ class _Steps:
         """Ties the state to the parameters of the model; all ranks call it."""
         state = self._state()
         assert state is not None
-        self._transport = ProcessGroupTransport(state.options.server, group)
+        self._transport = ProcessGroupTransport(state.options.server, group, state.options.hierarchical)
         self._reducer = bind(state, "doublesqueeze", named, True, self._transport, (), self._gradients.get, may_freeze=False)
         self._names = {p: name for name, p in named}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..transport import Host
+from ..transport import Host, two_levels
 
 _log = logging.getLogger("ds_horovod")
 # torch 2.13 has given it another name, and warns of the old one.
@@ -27,11 +29,42 @@ class Sent(NamedTuple):
     """What must live as long."""
 
 
+class _Groups(NamedTuple):
+    """In two levels, one for each kind of collective."""
+
+    reduce: dist.ProcessGroup
+    pushes: dist.ProcessGroup
+    pulls: dist.ProcessGroup
+    share: dist.ProcessGroup
+
+
+class _GroupHost:
+    """See `Host`."""
+
+    def __init__(self, groups: _Groups, size: int, rank: int) -> None:
+        self._groups, self.size, self.rank = groups, size, rank
+
+    def scatter(self, rows: Tensor, name: str) -> Sent:
+        received = torch.empty_like(rows)
+        return Sent(dist.all_to_all_single(received, rows, group=self._groups.reduce, async_op=True), received, rows)
+
+    def share(self, rows: Tensor, name: str) -> Sent:
+        received = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+        work = _all_gather(received, rows.contiguous(), group=self._groups.share, async_op=True)
+        return Sent(work, received, rows)
+
+    def sum(self, tensor: Tensor, name: str) -> Tensor:
+        rows = tensor.new_empty((self.size * len(tensor),))
+        _all_gather(rows, tensor.contiguous(), group=self._groups.reduce)
+        return rows.view(self.size, -1).sum(0)
+
+
 class ProcessGroupTransport:
     """Process groups between the ranks of one: an all-to-all to push, an all-gather to pull.
 
     Process groups match collectives by their order. When a push is done differs between ranks, and so does the order of pushes
-    and pulls: each kind has a group of its own. What ranks compare and add up beside goes with the pushes.
+    and pulls: each kind has a group of its own. What ranks compare and add up beside goes with the pushes, or in two levels has
+    the group to itself.
 
     All ranks make one at the same point.
 
@@ -41,6 +74,8 @@ class ProcessGroupTransport:
         The rank that serves all of every bucket, as ``torch.distributed.get_rank`` counts. None: every rank serves its shard.
     group
         Of all ranks that train together. None: the default group.
+    hierarchical
+        See `two_levels`. Ranks are on one host if torchrun has started them together, or where it has not, by its name.
 
     Raises
     ------
@@ -50,7 +85,9 @@ class ProcessGroupTransport:
         This rank is not in the group, or the server is not; or the backend has no all-to-all.
     """
 
-    def __init__(self, server: int | None = None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, server: int | None = None, group: dist.ProcessGroup | None = None, hierarchical: bool | None = False
+    ) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("DoubleSqueeze: call torch.distributed.init_process_group() before training")
         parent = dist.group.WORLD if group is None else group
@@ -68,17 +105,33 @@ class ProcessGroupTransport:
         self.in_order = True
         self.host: Host[Sent] | None = None
         self.levels = ""
+        self._exchanges: _Groups | None = None
         self.stream_ordered = False
         self._warnings = 0  # of the wait that goes on
         backend = str(dist.get_backend(parent))
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")  # of what is not on any
         if self.size > 1:
             self._pushes, self._pulls = _groups_like(parent, ranks, backend)
+            hosts, self.levels = two_levels(hierarchical, server, self._by_host())
+            for at, host in enumerate(hosts):
+                if self.rank in host:
+                    own = host.index(self.rank)
+                    neighbours, peers = [ranks[i] for i in host], [ranks[other[own]] for other in hosts]
+                    self._exchanges = _groups_of(parent, neighbours, peers, backend)
+                    self.host, self.serves = _GroupHost(self._exchanges, len(host), own), at
+
+    def _by_host(self) -> list[list[int]]:
+        """The ranks of each host, counted within the group."""
+        hosts: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.gather_objects(os.environ.get("GROUP_RANK", socket.gethostname()), "hosts")):
+            hosts.setdefault(host, []).append(rank)
+        return list(hosts.values())
 
     def push(self, payload: Tensor, name: str) -> Sent:
         if self.server is None:
             received = torch.empty_like(payload)
-            work = dist.all_to_all_single(received, payload, group=self._pushes, async_op=True)
+            group = self._pushes if self._exchanges is None else self._exchanges.pushes
+            work = dist.all_to_all_single(received, payload, group=group, async_op=True)
             return Sent(work, received, payload)
         counts = self.size if self.serves is not None else 0
         received = payload.new_empty((counts, *payload.shape[1:]))
@@ -90,8 +143,10 @@ class ProcessGroupTransport:
     def pull(self, reply: Tensor | None, nbytes: int, name: str, device: torch.device) -> Sent:
         if self.server is None:
             assert reply is not None
-            received = reply.new_empty(self.size * nbytes)
-            return Sent(_all_gather(received, reply, group=self._pulls, async_op=True), received.view(self.size, nbytes), reply)
+            group = self._pulls if self._exchanges is None else self._exchanges.pulls
+            received = reply.new_empty(group.size() * nbytes)
+            work = _all_gather(received, reply, group=group, async_op=True)
+            return Sent(work, received.view(group.size(), nbytes), reply)
         buffer = torch.empty(1, nbytes, dtype=torch.uint8, device=device) if reply is None else reply.unsqueeze(0)
         return Sent(dist.broadcast(buffer, self.server, group=self._pulls, async_op=True), buffer, None)
 
@@ -158,6 +213,17 @@ def _groups_like(parent: dist.ProcessGroup, ranks: Sequence[int], backend: str) 
 
 
 _groups: dict[dist.ProcessGroup, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+_groups_in_two_levels: dict[dist.ProcessGroup, _Groups] = {}
+
+
+def _groups_of(parent: dist.ProcessGroup, neighbours: list[int], peers: list[int], backend: str) -> _Groups:
+    """As `_groups_like`, in two levels: of the ranks of this host, and of those of other hosts that have the same slice."""
+    for gone in [group for group in _groups_in_two_levels if group not in _groups]:
+        del _groups_in_two_levels[gone]
+    if parent not in _groups_in_two_levels:
+        kinds = [(neighbours, "reduce"), (peers, "pushes"), (peers, "pulls"), (neighbours, "share")]
+        _groups_in_two_levels[parent] = _Groups(**{kind: _like(parent, ranks, backend) for ranks, kind in kinds})
+    return _groups_in_two_levels[parent]
 
 
 def _like(parent: dist.ProcessGroup, ranks: Sequence[int], backend: str) -> dist.ProcessGroup:

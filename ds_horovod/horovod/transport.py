@@ -17,7 +17,7 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from ..transport import Host
+from ..transport import Host, two_levels
 
 _log = logging.getLogger("ds_horovod")
 _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-3  # seconds
@@ -57,45 +57,6 @@ def hosts_of(ranks: Sequence[int]) -> list[list[int]]:
     for rank in ranks:
         hosts.setdefault(rank // local_size, []).append(rank)
     return list(hosts.values())
-
-
-def two_levels(hierarchical: bool | None, server: int | None, ranks: Sequence[int]) -> tuple[list[list[int]], str]:
-    """Whether each bucket is exchanged in two levels.
-
-    Returns
-    -------
-    hosts, description
-        The ranks of each host; none, where it is not. And what there is to say of that.
-
-    Raises
-    ------
-    ValueError
-        The user wants it, and it cannot be: why.
-    """
-    if len(ranks) == 1:
-        return [], "one rank"
-    hosts = hosts_of(ranks)
-    sizes = {len(host) for host in hosts}
-    problem = None
-    if server is not None:
-        problem = f"server={server}, which serves all of every bucket"
-    elif not hosts:
-        problem = "hosts of different numbers of ranks, or ranks in another order than horovodrun's"
-    elif len(sizes) > 1:
-        problem = f"different numbers of ranks of the process set on its hosts, {hosts}"
-    elif sizes == {1}:
-        problem = "one rank on each host"
-    elif len(hosts) == 1:
-        problem = f"one host, with {len(ranks)} ranks"
-    if problem is None and hierarchical is False:
-        problem = "hierarchical=False"
-    elif hierarchical and problem is not None:
-        raise ValueError(
-            f"DoubleSqueeze: hierarchical=True needs several hosts with the same number of ranks, more than one; got {problem}"
-        )
-    if problem is not None:
-        return [], f"one level: {problem}"
-    return hosts, f"two levels: {len(hosts)} hosts with {len(hosts[0])} ranks each, which add up their gradients first"
 
 
 class _HorovodHost:
@@ -173,7 +134,7 @@ class HorovodTransport:
         self._pins: dict[int, list[Tensor]] = {}
         self.host: Host[int] | None = None
         self._peers: list[int] = []  # in two levels: those of other hosts that have the same slice, and this one
-        hosts, self.levels = two_levels(hierarchical, server, ranks)
+        hosts, self.levels = two_levels(hierarchical, server, hosts_of(ranks))
         hosts = [[ranks.index(rank) for rank in host] for host in hosts]
         for at, host in enumerate(hosts):
             if self.rank in host:

@@ -627,6 +627,28 @@ def main():
     dist.destroy_process_group()
 
 
+@check
+def ranks_of_one_node_share_what_they_hold():
+    nodes, size = int(os.environ["GROUP_WORLD_SIZE"]), dist.get_world_size()
+    model, squeeze = make()
+    _, flat = make(small(OneBit(64), hierarchical=False))
+    model(gradients(0)).backward()
+    exchanges = [bucket.exchange for bucket in squeeze._reducer.session.buckets]
+    local = size // nodes if nodes > 1 else 1
+    says = f"two levels: {nodes} hosts with {local} ranks each" if nodes > 1 else f"one level: one host, with {size} ranks"
+    assert squeeze.explain().startswith(says), squeeze.explain()
+    assert flat.explain().startswith("one level: ")
+    for exchange in exchanges:
+        assert exchange.worker_error.numel() == exchange.whole.numel // local
+    if nodes == 1:
+        with raises(ValueError, "hierarchical=True needs several hosts", f"got one host, with {size} ranks"):
+            make(small(OneBit(64), hierarchical=True))
+    squeeze.change_compressor(Quantize(4, 96))  # other blocks: slices lie elsewhere
+    total = {name: mean(0)[name] - grads(model)[name].double() for name in SHAPES}
+    for name, error in squeeze.full_state_dict()["errors"].items():
+        assert (total[name] - error.double()).abs().max() < 1e-5, name
+
+
 if __name__ == "__main__":
     assert "horovod" not in sys.modules, os.environ
     main()

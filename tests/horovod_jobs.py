@@ -1,4 +1,4 @@
-"""Starting real Horovod jobs from tests. Importing this needs no Horovod."""
+"""Starting real jobs from tests, of Horovod and of torch. Importing this needs no Horovod."""
 
 import atexit
 import multiprocessing
@@ -55,15 +55,19 @@ def horovodrun(ranks: int, *command: str, timeout: float = 600) -> str:
     return output
 
 
+def forks() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has imported torch: with what its optimizers need, that takes others 4 seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ds_horovod", "torch._dynamo"])
+    return context
+
+
 class Rank:
     """A rank of a job, as a process that nobody watches over."""
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
         self._output = output
-        # Forked from a process that has imported torch and Horovod already: that takes a new interpreter seconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ds_horovod", "torch._dynamo"])
-        self._process = context.Process(target=_run, args=(command, environment, output), daemon=True)
+        self._process = forks().Process(target=_run, args=(command, environment, output), daemon=True)
         self._process.start()
 
     @property
@@ -117,36 +121,68 @@ def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20, hosts: int
     port = server.start()
     slots = get_host_assignments(parse_hosts(",".join(f"host{i}:{ranks // hosts}" for i in range(hosts))), ranks)
     server.init(slots)
+    own = [
+        {
+            "HOROVOD_RANK": slot.rank, "HOROVOD_SIZE": slot.size,
+            "HOROVOD_LOCAL_RANK": slot.local_rank, "HOROVOD_LOCAL_SIZE": slot.local_size,
+            "HOROVOD_CROSS_RANK": slot.cross_rank, "HOROVOD_CROSS_SIZE": slot.cross_size, "HOROVOD_HOSTNAME": slot.hostname,
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
+            "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "HOROVOD_GLOO_IFACE": "lo",
+        }
+        for slot in slots
+    ]  # fmt: skip
+    try:
+        with _started(command, own, gloo_timeout) as processes:
+            yield processes
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _started(command: tuple[str, ...], own: list[dict[str, object]], gloo_timeout: int = PATIENT):
+    """A rank for each of some variables, until the end of the context."""
+    started = []
     with tempfile.TemporaryDirectory() as folder:
-        started = []
         try:
-            for slot in slots:
-                job = {
-                    "RANK": slot.rank, "SIZE": slot.size, "LOCAL_RANK": slot.local_rank, "LOCAL_SIZE": slot.local_size,
-                    "CROSS_RANK": slot.cross_rank, "CROSS_SIZE": slot.cross_size, "HOSTNAME": slot.hostname,
-                    "GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": port,
-                    "CONTROLLER": "gloo", "CPU_OPERATIONS": "gloo", "GLOO_IFACE": "lo",
-                }  # fmt: skip
-                environment = {**_environment(gloo_timeout), **{f"HOROVOD_{key}": str(value) for key, value in job.items()}}
-                started.append(Rank(command, environment, Path(folder) / str(slot.rank)))
+            for rank, variables in enumerate(own):
+                environment = _environment(gloo_timeout) | {name: str(value) for name, value in variables.items()}
+                started.append(Rank(command, environment, Path(folder) / str(rank)))
             yield started
         finally:
             for rank in started:
                 rank.kill()
                 rank.wait(60)
-            server.stop()
+
+
+def _end(started: list[Rank], timeout: float) -> tuple[int, str]:
+    """The exit status of the first rank that fails, or 0 when all have ended, and what they have said; fails if they hang."""
+    deadline = time.monotonic() + timeout
+    codes: list[int | None] = [None]
+    while not any(codes) and None in codes and time.monotonic() < deadline:
+        time.sleep(0.02)
+        codes = [rank.exitcode for rank in started]
+    output = "".join(rank.output for rank in started)
+    assert any(codes) or None not in codes, f"a job hangs: {output[-8000:]}"
+    return next(filter(None, codes), 0), output
 
 
 def run_ranks(ranks: int, *command: str, timeout: float = 300, hosts: int = 1) -> str:
     """As `horovodrun`, in a fraction of the time: what of a test is about the plugin and not about how ranks are started."""
     with separate_ranks(ranks, *command, gloo_timeout=PATIENT, hosts=hosts) as started:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            codes = [rank.exitcode for rank in started]
-            if any(codes) or None not in codes:
-                break
-            time.sleep(0.02)
-        output = "".join(rank.output for rank in started)
-        assert not any(codes), f"{codes}: {output[-8000:]}"
-        assert None not in codes, f"{' '.join(command)} hangs: {output[-8000:]}"
+        code, output = _end(started, timeout)
+    assert code == 0, f"{code}: {output[-8000:]}"
     return output
+
+
+def run_torch_ranks(ranks: int, *command: str, timeout: float = 1200, nodes: int = 1) -> tuple[int, str]:
+    """As ``torchrun --nnodes NODES --nproc-per-node RANKS/NODES command``: the exit status of the first that fails, and all output.
+    All nodes are this machine."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    local = ranks // nodes
+    shared = {
+        "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "GROUP_WORLD_SIZE": nodes,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    own = [{"RANK": rank, "LOCAL_RANK": rank % local, "GROUP_RANK": rank // local, **shared} for rank in range(ranks)]
+    with _started(command, own) as started:
+        return _end(started, timeout)

@@ -3,40 +3,15 @@
 import functools
 import json
 import re
-import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from horovod_jobs import run_command
+from horovod_jobs import run_command, run_torch_ranks
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "workers" / "ddp.py"
 NAMES = re.findall(r"^@check\ndef (\w+)", SCRIPT.read_text(), re.MULTILINE)
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def torchrun(ranks, script, *arguments, timeout=1200):
-    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", script, *arguments]
-    return run_command(list(map(str, command)), timeout)
-
-
-def torchrun_on_two_nodes(ranks, script, *arguments, timeout=1200):
-    """So many ranks on each. Both nodes are this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    of_all = ["--nnodes=2", f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-
-    def run(node):
-        return run_command([*TORCHRUN, *of_all, f"--node-rank={node}", str(script), *map(str, arguments)], timeout)
-
-    with ThreadPoolExecutor(2) as pool:
-        codes, outputs = zip(*pool.map(run, range(2)), strict=True)
-    return max(map(abs, codes)), "".join(outputs)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +21,9 @@ def results(tmp_path_factory):
 
     @functools.cache
     def of(ranks):
-        run, on_each = (torchrun_on_two_nodes, 2) if ranks == "2x2" else (torchrun, ranks)
-        code, output = run(on_each, SCRIPT, folder / f"checks{ranks}")
-        files = [folder / f"checks{ranks}.{rank}" for rank in range(4 if ranks == "2x2" else ranks)]
+        size, nodes = (4, 2) if ranks == "2x2" else (ranks, 1)
+        code, output = run_torch_ranks(size, str(SCRIPT), str(folder / f"checks{ranks}"), nodes=nodes)
+        files = [folder / f"checks{ranks}.{rank}" for rank in range(size)]
         return [json.loads(file.read_text()) if file.exists() else {} for file in files], output[-4000:] if code else ""
 
     return of
@@ -75,7 +50,8 @@ def test_check(results, ranks, check):
 
 @pytest.mark.jobs
 def test_the_example_trains():
-    code, output = torchrun(2, "examples/ddp_digits.py", "--epochs", "4")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    code, output = run_command([*torchrun, "examples/ddp_digits.py", "--epochs", "4"], timeout=1200)
     assert code == 0, output
     assert float(re.search(r"accuracy ([\d.]+)", output)[1]) > 0.85, output
     assert "bucket 0: Quantize(bits=4" in output
@@ -85,7 +61,7 @@ def test_the_example_trains():
 @pytest.mark.parametrize("how", ["die", "stall"])
 def test_a_rank_that_is_gone_surfaces_as_torchs_error(how):
     """At once where it has died, and after the timeout of the process group where it stalls."""
-    code, output = torchrun(2, SCRIPT.with_name("ddp_leaving.py"), how, timeout=120)
+    code, output = run_torch_ranks(2, str(SCRIPT.with_name("ddp_leaving.py")), how, timeout=120)
     assert code != 0 and "left: ok" in output, output
 
 
@@ -95,5 +71,5 @@ def test_the_page_runs_as_it_stands(tmp_path):
     assert len(blocks) >= 6
     script = tmp_path / "page.py"
     script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n" + "\n".join(blocks) + "\ndist.destroy_process_group()\n")
-    code, output = torchrun(2, script)
+    code, output = run_torch_ranks(2, str(script))
     assert code == 0 and output.count("bucket 0: Quantize(bits=4") == 1, output

@@ -24,7 +24,8 @@ def results(tmp_path_factory):
     def of(ranks, job):
         failure = ""
         try:
-            horovodrun(ranks, str(WORKERS / f"{job}.py"), str(folder / f"{job}{ranks}"), timeout=1500)
+            run = horovodrun if (ranks, job) == (2, "late") else run_ranks  # one as a user starts it
+            run(ranks, str(WORKERS / f"{job}.py"), str(folder / f"{job}{ranks}"), timeout=1500)
         except AssertionError as error:
             failure = str(error)
         files = [folder / f"{job}{ranks}.{rank}" for rank in range(ranks)]

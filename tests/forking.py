@@ -6,16 +6,18 @@
 The second runs a program with its own environment and standard output, and ends as it does.
 """
 
+import functools
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import time
 
 
-def serve(path: str) -> None:
-    """Waits for calls, for ever."""
+def serve(path: str, ready) -> None:
+    """Waits for calls, for ever; calls `ready` when it does."""
     import horovod.runner.launch
     import horovod.torch  # noqa: F401
 
@@ -23,7 +25,7 @@ def serve(path: str) -> None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen()
-    print("ready", flush=True)
+    ready("ready")
     while True:
         caller, _ = server.accept()
         if os.fork() == 0:
@@ -48,25 +50,37 @@ def _attend(caller: socket.socket) -> None:
         if ended:
             caller.send(bytes([os.waitstatus_to_exitcode(status) & 255]))
             os._exit(0)
-        if select.select([caller], [], [], 0.05)[0] and not caller.recv(1):  # the caller is gone
+        if select.select([caller], [], [], 0.05)[0] and not caller.recv(1):
+            # The caller is gone. What horovodrun ends has five seconds, too.
+            os.kill(process, signal.SIGTERM)
+            for _ in range(100):
+                if os.waitpid(process, os.WNOHANG)[0]:
+                    os._exit(0)
+                time.sleep(0.05)
             os.kill(process, signal.SIGKILL)
             os._exit(0)
 
 
 def _run(arguments: list[str]) -> None:
+    import atexit
     import runpy
     import traceback
 
+    import torch
+
     status = 1
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # it has been read already
     try:
         sys.argv = arguments
-        sys.path[0] = os.path.dirname(arguments[0])
+        sys.path.insert(0, os.path.dirname(arguments[0]))
         runpy.run_path(arguments[0], run_name="__main__")
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
+    atexit._run_exitfuncs()  # Horovod's is among them
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -85,5 +99,5 @@ def call(path: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], functools.partial(print, flush=True))
     sys.exit(call(sys.argv[1], sys.argv[2:]))

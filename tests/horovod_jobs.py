@@ -1,9 +1,11 @@
 """Starting real jobs from tests, of Horovod and of torch. Importing this needs no Horovod."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forking
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -42,17 +45,10 @@ def run_command(command: list[str], timeout: float, environment: dict[str, str] 
     return job.returncode, output
 
 
-def run_job(arguments: list[str], timeout: float) -> tuple[int, str]:
+def run_job(arguments: list[str], timeout: float, gloo_timeout: int = PATIENT) -> tuple[int, str]:
     """Runs ``horovodrun arguments``. Returns its exit status and output; fails if it hangs."""
     command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", *arguments]
-    return run_command(command, timeout, _environment(PATIENT))
-
-
-def horovodrun(ranks: int, *command: str, timeout: float = 600) -> str:
-    """Runs ``horovodrun -np ranks python command`` and returns its output; fails if it fails or hangs."""
-    code, output = run_job(["-np", str(ranks), sys.executable, *command], timeout)
-    assert code == 0, output[-8000:]
-    return output
+    return run_command(command, timeout, _environment(gloo_timeout))
 
 
 def forks() -> multiprocessing.context.ForkServerContext:
@@ -60,6 +56,29 @@ def forks() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ds_horovod", "torch._dynamo"])
     return context
+
+
+@functools.cache
+def _fork_server() -> str:
+    """The socket of a server of forking.py, itself a fork."""
+    socket = f"{tempfile.mkdtemp()}/forks"
+    atexit.register(shutil.rmtree, Path(socket).parent, ignore_errors=True)
+    ready, says = forks().Pipe(duplex=False)
+    forks().Process(target=forking.serve, args=(socket, says.send), daemon=True).start()
+    assert ready.poll(120)
+    return socket
+
+
+def forked(script: str, *arguments: str) -> list[str]:
+    """A command that does what ``python script arguments`` does, in a fork: for jobs that horovodrun itself must start."""
+    return [sys.executable, "-I", "-S", str(ROOT / "tests" / "forking.py"), _fork_server(), script, *arguments]
+
+
+def horovodrun(ranks: int, *command: str, timeout: float = 600) -> str:
+    """Runs ``horovodrun -np ranks python command`` and returns its output; fails if it fails or hangs."""
+    code, output = run_job(["-np", str(ranks), sys.executable, *command], timeout)
+    assert code == 0, output[-8000:]
+    return output
 
 
 class Rank:

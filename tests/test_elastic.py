@@ -1,9 +1,7 @@
 """Elastic Horovod, really: ranks come, go, and are killed, and the law holds."""
 
-import sys
-
 import pytest
-from horovod_jobs import ROOT, run_job
+from horovod_jobs import ROOT, forked, run_job
 
 pytestmark = pytest.mark.jobs
 WORKERS = ROOT / "tests" / "workers"
@@ -17,9 +15,9 @@ def elastic(tmp_path, script, *arguments, timeout=600):
     discovery.chmod(0o755)
     # One interface: of one host Horovod would look for those that hosts share, and wait for another host.
     options = ["-np", "2", "--min-np", "1", "--max-np", "3", "--network-interfaces", "lo"]
-    return run_job(
-        [*options, "--host-discovery-script", str(discovery), sys.executable, str(script), str(hosts), *arguments], timeout
-    )
+    program = forked(str(script), str(hosts), *arguments)
+    # A rank that waits for a killed one through another does so until Gloo's timeout; and forks start at once.
+    return run_job([*options, "--host-discovery-script", str(discovery), *program], timeout, gloo_timeout=20)
 
 
 @pytest.mark.parametrize("options", [(), ("momentum",)], ids=["plain", "momentum"])

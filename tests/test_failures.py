@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from horovod_jobs import PATIENT, ROOT, run_job, separate_ranks
+from horovod_jobs import PATIENT, ROOT, forked, run_job, separate_ranks
 
 pytestmark = pytest.mark.jobs
 SCRIPT = str(ROOT / "tests" / "workers" / "training.py")
@@ -80,9 +80,10 @@ def _runs(process):
         return False
 
 
-@pytest.mark.parametrize("phase", ["push", "decode"])
-def test_a_rank_that_raises_ends_the_job(phase):
-    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", phase, "--how", "raise"], timeout=300)
+@pytest.mark.parametrize("phase, in_forks", [("push", False), ("decode", True)])
+def test_a_rank_that_raises_ends_the_job(phase, in_forks):
+    program = forked(SCRIPT) if in_forks else [sys.executable, SCRIPT]
+    code, output = run_job(["-np", "3", *program, "1000", "--at", phase, "--how", "raise"], timeout=300)
     assert code != 0 and "RuntimeError: the last rank gives up" in output
     assert len(BEGUN.findall(output)) == 3 and not left_over(output)
 
@@ -117,7 +118,7 @@ def test_a_rank_that_stalls_is_noticed(phase, collective, monkeypatch):
 def test_a_rank_that_stalls_ends_the_job(monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "2")
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "12")
-    code, output = run_job(["-np", "3", sys.executable, SCRIPT, "1000", "--at", "push", "--how", "stall"], timeout=300)
+    code, output = run_job(["-np", "3", *forked(SCRIPT), "1000", "--at", "push", "--how", "stall"], timeout=300)
     assert code != 0 and not left_over(output)
     assert_it_is_noticed(output, r"bucket\d\.push")
 

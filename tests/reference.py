@@ -93,18 +93,14 @@ def random_words(seed: int, counters: Tensor) -> Tensor:
         int64 ``(n, 4)``, each of 32 bits.
     """
     mask = 0xFFFFFFFF
-    x0, x1, x2, x3 = (counters & mask).unbind(1)
+    x0, x1, x2, x3 = counters.numpy().astype(np.uint64).T & mask  # of which torch could not hold the products
     low_key, high_key = seed & mask, seed >> 32
     for _ in range(10):
-        (high0, low0), (high2, low2) = _product(0xD2511F53, x0), _product(0xCD9E8D57, x2)
-        x0, x1, x2, x3 = high2 ^ x1 ^ low_key, low2, high0 ^ x3 ^ high_key, low0
+        product0, product2 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1 = product2 >> 32 ^ x1 ^ low_key, product2 & mask
+        x2, x3 = product0 >> 32 ^ x3 ^ high_key, product0 & mask
         low_key, high_key = low_key + 0x9E3779B9 & mask, high_key + 0xBB67AE85 & mask
-    return torch.stack([x0, x1, x2, x3], 1)
-
-
-def _product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a * x, whose 64 bits would not fit a signed integer."""
-    return (a * (x >> 16) + (a * (x & 0xFFFF) >> 16)) >> 16, a * x & 0xFFFFFFFF
+    return torch.from_numpy(np.stack([x0, x1, x2, x3], 1).astype(np.int64))
 
 
 def uniforms(seed: int, state: FeedbackState, positions: Tensor) -> Tensor:
@@ -112,9 +108,9 @@ def uniforms(seed: int, state: FeedbackState, positions: Tensor) -> Tensor:
 
     Eight elements draw from one counter, each half a word, low half first: row ``position // 8``, step, bucket, sender.
     """
-    rows = positions >> 3
+    rows = torch.arange(int(positions.min()) >> 3, (int(positions.max()) >> 3) + 1)
     counters = torch.stack([rows, *(torch.full_like(rows, x) for x in (state.step, state.bucket, state.sender))], 1)
-    word = random_words(seed, counters).gather(1, (positions >> 1 & 3)[:, None]).view(-1)
+    word = random_words(seed, counters)[(positions >> 3) - rows[0], positions >> 1 & 3]
     return (word >> 16 * (positions & 1) & 0xFFFF).float() / 65536
 
 
@@ -533,8 +529,9 @@ def top_k_encode(
         finite = v.isfinite()
         if finite.all():
             magnitude = v.view(torch.int32) & 0x7FFFFFFF
-            chosen = magnitude.sort(descending=True, stable=True).indices[: format.k].sort().values
-            chosen = chosen[magnitude[chosen] > 0]  # a zero would not stay one as a sign
+            threshold = magnitude.topk(min(format.k, len(v))).values.min().clamp_min(1)  # a zero would not stay one as a sign
+            larger, equal = magnitude > threshold, magnitude == threshold
+            chosen = (larger | equal & (equal.cumsum(0) <= format.k - larger.sum())).nonzero().view(-1)
             sent = v[chosen]
         else:
             chosen = (~finite).nonzero().view(-1)

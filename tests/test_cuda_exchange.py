@@ -64,13 +64,14 @@ def simulated(pusher, server, one_server, dtype, bad, magnitude=1, average=True,
 
 @pytest.fixture
 def emulated():
-    with mock.patch.object(launch, "device_of", return_value=EmulatedDevice()) as device_of:
-        yield device_of.return_value
+    device = EmulatedDevice()
+    with mock.patch.object(launch, "device_of", lambda where: device):
+        yield device
 
 
 def compare(run):
     expected = run()
-    with mock.patch.object(kernels, "for_device", return_value=cuda):
+    with mock.patch.object(kernels, "for_device", lambda device: cuda):
         actual = run()
     for name, values in expected.items():
         assert_same_bits(actual[name], values, name)

@@ -194,7 +194,7 @@ def run_ranks(ranks: int, *command: str, timeout: float = 300, hosts: int = 1) -
 
 
 def run_torch_ranks(ranks: int, *command: str, timeout: float = 1200, nodes: int = 1) -> tuple[int, str]:
-    """As ``torchrun --nnodes NODES --nproc-per-node RANKS/NODES command``: the exit status of the first that fails, and all output.
+    """As ``torchrun --nnodes NODES --nproc-per-node RANKS/NODES command``: the first exit status but 0, and all output.
     All nodes are this machine."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
     local = ranks // nodes

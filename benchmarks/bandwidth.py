@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import MAX_HOSTS, ClusterError, bits_per_second, die_with_parent, require_privileges
-from common import new_file, positive, provenance
+from common import new_file, positive, progress_bar, provenance
 from methods import method_list
 from models import MODELS
-from tqdm import tqdm
 
 METHODS = (
     "noop", "none", "fp16", "onebit", "topk-1%", "topk-0.1%", "onebit-server", "onebit-allgather",
@@ -240,7 +239,7 @@ def main() -> None:
         results = Results(args.json, origin)
         settings = {name: getattr(args, name) for name in ("rounds", *SETTINGS)}
         cells = results.missing(list(itertools.product(args.models, args.hosts, args.rates)), args.methods, settings)
-        with tqdm(total=sum(map(len, cells.values())) * args.rounds, unit="measurement") as bar:
+        with progress_bar(total=sum(map(len, cells.values())) * args.rounds, unit="measurement") as bar:
             for cell, methods in cells.items():
                 measurements = []
                 for measurement in measure(cell, methods, args):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 
@@ -210,3 +210,26 @@ def new_file(text: str) -> Path:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot be written: {text}")
     return path
+
+
+class _Lines:
+    """A stream that is no terminal, for tqdm: each state of a bar becomes a line, since horovodrun prefixes lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._stream.write(text.strip("\r\n") + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(*args: Any, **options: Any) -> Any:
+    """A bar of tqdm; where stderr is no terminal, as under horovodrun, a line every half minute."""
+    from tqdm import tqdm  # which what runs on GPUs does without
+
+    if not sys.stderr.isatty():
+        options = {"ncols": 79, "ascii": True, **options, "file": _Lines(sys.stderr), "mininterval": 30, "miniters": 1}
+    return tqdm(*args, **options)

@@ -29,13 +29,12 @@ import methods
 import tasks
 import torch
 import torch.nn.functional as F
-from common import Cells, HelpFormatter, count, new_file, positive, provenance, table, use_threads
+from common import Cells, HelpFormatter, count, new_file, positive, progress_bar, provenance, table, use_threads
 from learning import thinned
 from tasks import Task
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ds_horovod import Cast, DoubleSqueeze, NoCompression, OneBit, Quantize, RandomK, Ternary, TopK
 from ds_horovod.in_process import Workers
@@ -455,7 +454,7 @@ def main() -> None:
     transport = "horovod" if ranks else "in-process"
     keys = [{"workers": n, "recipe": name, "seed": seed, "transport": transport} for n, name, seed in runs]
     source = provenance(args)
-    with tqdm(total=sum(made[n].steps for n, _, _ in runs), unit="step", disable=not first) as bar:
+    with progress_bar(total=sum(made[n].steps for n, _, _ in runs), unit="step", disable=not first) as bar:
         for key in keys:
             task, recipe = made[key["workers"]], RECIPES[key["recipe"]]
             there = cells is not None and cells.has(**key)

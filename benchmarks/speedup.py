@@ -32,13 +32,12 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import Cells, HelpFormatter, count, new_file, positive, provenance, table, use_threads
+from common import Cells, HelpFormatter, count, new_file, positive, progress_bar, provenance, table, use_threads
 from convergence import RECIPES, InProcess, Rank, Team, rounded, together
 from learning import efficiencies
 from models import digits_classifier
 from tasks import Task, digits_data, generator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 NOISE = 0.7
 """Standard deviation, for pixels from 0 to 1."""
@@ -192,7 +191,7 @@ def main() -> None:
         if workers > 1 or recipe == "none"
     ]
     source = provenance(args)
-    with tqdm(unit="sample", disable=not first) as bar:  # nobody knows how many it will be
+    with progress_bar(unit="sample", disable=not first) as bar:  # nobody knows how many it will be
         for key in keys:
             there = cells is not None and cells.has(**key)
             if hvd.broadcast_object(there, name="benchmark.there") if ranks else there:

@@ -15,7 +15,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from common import HelpFormatter, new_file, positive, table, use_threads, write_json
+from common import HelpFormatter, new_file, positive, progress_bar, table, use_threads, write_json
 from methods import NAMES, distribute, method_list, reduction
 from models import digits_classifier
 from sklearn.datasets import load_digits
@@ -23,7 +23,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
-from tqdm import tqdm
 
 WARMUP_EPOCHS = 3
 
@@ -107,7 +106,7 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
         return loss.item()
 
     seconds, losses = [], []
-    for epoch in tqdm(range(args.epochs), desc=method, unit="epoch", disable=hvd.rank() != 0):
+    for epoch in progress_bar(range(args.epochs), desc=method, unit="epoch", disable=hvd.rank() != 0):
         sampler.set_epoch(epoch)
         losses.clear()
         for i, (x, y) in enumerate(batches):

@@ -21,7 +21,7 @@ from .options import Options
 from .reducer import Reducer
 from .selection import Selection, explain
 from .session import GradientOf
-from .stats import combine_stats, stats_of
+from .stats import combine_stats, reset, stats_of
 from .transport import GroupTransport
 
 _P = ParamSpec("_P")
@@ -45,8 +45,8 @@ class DoubleSqueeze:
     """Two-way compression with error feedback on both sides, for ``compression=`` of ``hvd.DistributedOptimizer``.
 
     Workers compress what they push, the servers compress what they reply, and both add what compression took away to
-    the next step (Tang et al., ICML 2019, arXiv 1905.05957). By default every rank serves its share of each bucket, so
-    that traffic per rank does not grow with the number of ranks.
+    the next step (Tang et al., ICML 2019, arXiv 1905.05957). By default every rank serves its share of each bucket: each of
+    n ranks sends 2 (n-1)/n times the compressed gradient, less than twice its size, however many ranks there are.
 
     Pass the class itself for the defaults, or an instance of your own for each optimizer::
 
@@ -61,8 +61,8 @@ class DoubleSqueeze:
     Parameters
     ----------
     compressor
-        Of what the workers push. Default ``Quantize(bits=4)``, which trains every network of docs/results.md like no
-        compression does.
+        Of what the workers push. Default ``Quantize(bits=4)``; docs/results.md says how near to uncompressed training it
+        has ended where it was tried.
     server_compressor
         Of what the servers reply. Default: the same.
     worker_error, server_error
@@ -176,9 +176,24 @@ class DoubleSqueeze:
             (what stays with Horovod's allreduce); ``compression_ratio``: bytes of an uncompressed ring allreduce over
             bytes sent; ``worker_error_norm``, ``server_error_norm`` (l2); per step, in seconds:
             ``worker_pass_seconds``, ``server_pass_seconds``, ``decode_seconds``, ``wait_seconds``. Of a tensor outside
-            an optimizer, a step is a call. Empty for one rank, and before the first use.
+            an optimizer, a step is a call. Empty for one rank, and before the first use. Means begin with the first step,
+            or where `reset_stats` was called.
         """
         return combine_stats([stats_of(session) for session in self._reducer.sessions] if self._reducer else [])
+
+    def reset_stats(self) -> None:
+        """Counts steps, bytes and seconds of `stats` from here on, so that the first step and a warm-up can be left out.
+
+        Errors stay as they are.
+
+        Raises
+        ------
+        RuntimeError
+            A step is under way.
+        """
+        self._require_between_steps()
+        for session in [] if self._reducer is None else self._reducer.sessions:
+            reset(session)
 
     def explain(self, model: torch.nn.Module | Iterable[tuple[str, Tensor]] | None = None, workers: int = 2) -> str:
         """What is compressed, bucket by bucket, what is not and why, and what that saves; before training too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,13 @@ def stats_of(session: Session[Any]) -> dict[str, float]:
         "worker_error_norm": _norm([bucket.exchange.worker_error for bucket in session.buckets]),
         "server_error_norm": _norm([bucket.exchange.server_error for bucket in session.buckets]),
     }
+
+
+def reset(session: Session[Any]) -> None:
+    """Counts bytes and seconds from here on."""
+    session.admitted = session.dense_bytes = 0
+    for total in fields(session.totals):
+        setattr(session.totals, total.name, total.default)
 
 
 def combine_stats(stats: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import bandwidth
+import common
 import pytest
 from cluster_jobs import BENCHMARKS, eventually, needs_root, processes
 from horovod_jobs import ROOT, run_ranks
@@ -172,3 +173,12 @@ def test_all_methods_train_the_same_replicas():
     results = [json.loads(line[line.index("{") :]) for line in output.splitlines() if '"method"' in line]
     assert [r["method"] for r in results] == methods
     assert all(r["wire_bytes_sent"] is None and r["bytes_sent"] > 0 and r["seconds_per_step"] > 0 for r in results)
+
+
+def test_progress_is_whole_lines_where_no_terminal_is(capsys):
+    """horovodrun puts the rank before each piece that it reads, and carriage returns would shred it."""
+    for _ in common.progress_bar(range(1000), desc="steps"):
+        pass
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) == 3 and lines[2] == "" and not any("\r" in line for line in lines)
+    assert lines[0].startswith("steps:   0%") and lines[1].startswith("steps: 100%")

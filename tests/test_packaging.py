@@ -1,6 +1,7 @@
 """A wheel and a source release hold what they need, and building them needs neither torch nor Horovod."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ def releases(tmp_path_factory):
     command, environment = [sys.executable, "-m", "build", "--outdir", out, ROOT], {"CC": str(compiler), "CXX": str(compiler)}
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "*****" not in result.stdout + result.stderr, "setuptools warns"
     with tarfile.open(next(out.glob("*.tar.gz"))) as source:
         source_names = {name.partition("/")[2] for name in source.getnames()}
     with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
@@ -61,3 +63,15 @@ for family in {[name.split("/")[-1].removesuffix(".cu") for name in families]}:
     subprocess.run(
         [sys.executable, "-c", script], check=True, cwd=releases[3], env={**os.environ, "PYTHONPATH": str(releases[3])}
     )
+
+
+def test_sources_without_kernels_say_what_they_are(tmp_path):
+    """As in the clone, where the current folder comes first, after the package was installed elsewhere."""
+    copied = shutil.copytree(ROOT / "ds_horovod", tmp_path / "ds_horovod", ignore=shutil.ignore_patterns("*.so"))
+    # The finders of an editable installation would give the sources what belongs to others.
+    script = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import ds_horovod"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert f"ImportError: ds_horovod was imported from its sources, {copied}" in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ try:
     from .. import _cpu
 except ImportError as error:
     raise ImportError(
-        "ds_horovod's compiled kernels are missing; install the package (pip install .) instead of importing its sources"
+        f"ds_horovod was imported from its sources, {Path(__file__).parent.parent}, which hold no compiled kernels. "
+        "Where it is installed, run Python in another folder; otherwise install it with pip install ."
     ) from error
 
 LARGEST = torch.finfo(torch.float32).max

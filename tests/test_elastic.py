@@ -8,21 +8,21 @@ WORKERS = ROOT / "tests" / "workers"
 
 
 def elastic(tmp_path, script, *arguments, timeout=600):
-    """Runs a script of an elastic job, whose hosts stand in a file that it may rewrite."""
+    """Runs a script of an elastic job, whose hosts stand in a file, ``hosts`` in `tmp_path`, that it may rewrite."""
     hosts, discovery = tmp_path / "hosts", tmp_path / "discover.sh"
     hosts.write_text("localhost:2\n")
     discovery.write_text(f"#!/bin/sh\ncat {hosts}\n")
     discovery.chmod(0o755)
     # One interface: of one host Horovod would look for those that hosts share, and wait for another host.
     options = ["-np", "2", "--min-np", "1", "--max-np", "3", "--network-interfaces", "lo"]
-    program = forked(str(script), str(hosts), *arguments)
+    program = forked(str(script), *arguments)
     # A rank that waits for a killed one through another does so until Gloo's timeout; and forks start at once.
     return run_job([*options, "--host-discovery-script", str(discovery), *program], timeout, gloo_timeout=20)
 
 
 @pytest.mark.parametrize("options", [(), ("momentum",)], ids=["plain", "momentum"])
 def test_ranks_come_and_go(options, tmp_path):
-    code, output = elastic(tmp_path, WORKERS / "elastic.py", *options)
+    code, output = elastic(tmp_path, WORKERS / "elastic.py", str(tmp_path / "hosts"), *options)
     assert code == 0 and output.count("elastic: ok") == 2, output[-8000:]
     for stage, ranks in enumerate([2, 3, 2, 1, 2]):
         assert output.count(f"stage {stage}: rank 0 of {ranks}") == 1, output[-8000:]

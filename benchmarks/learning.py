@@ -33,6 +33,54 @@ def timed_method(recipe: str) -> str:
     return re.sub(r"-(momentum(-0[\d.]+)?|lr-[\d.]+|lr-aware|uncompensated|warm)(?=-|$)", "", recipe)
 
 
+def constructor(recipe: str) -> str:
+    """What a user writes for a recipe."""
+    plain = {"none": "uncompressed", "none, fp16": "hvd.Compression.fp16", "fp16": "hvd.Compression.fp16",
+             "paper": "DoubleSqueeze.paper()", "paper-topk": "DoubleSqueeze.paper(TopK(k=300_000))"}  # fmt: skip
+    if recipe in plain:
+        return plain[recipe]
+    if recipe.startswith("ddp-powersgd-"):
+        return f"DDP PowerSGD, rank {recipe.removeprefix('ddp-powersgd-')}"
+    name, *options = re.split(r"-(?=momentum|lr-|uncompensated|warm|late|tentative|reply)", recipe)
+    kind, _, number = name.partition("-")
+    share = float(number.rstrip("%")) / 100 if number.endswith("%") else 0.0
+    arguments = {
+        "none": [], "onebit": ["OneBit()"], "topk": [f"TopK({share or 0.01:.4g})"],
+        "sign": [f'TopK({share:.4g}, values="sign")'],
+        "quantize": [] if number == "4" else [f"Quantize(bits={number})"], "ternary": ["Ternary()"],
+        "randomk": [f"RandomK({share:.4g})"], "cast": [f'Cast("{number}")'],
+        "mem": ["TopK(0.01)", "server_compressor=NoCompression()"],
+        "qsgd": ['Quantize(rounding="stochastic", scale="l2")', "worker_error=False", "server_error=False"],
+    }[kind]  # fmt: skip
+    rate = ""
+    for option in options:
+        what, _, value = option.partition("-")
+        if what == "lr" and value != "aware":
+            rate = f", learning rate x {value}"
+        elif what == "momentum":
+            arguments.append(f"momentum={value or 0.9}")
+        elif what == "tentative":
+            arguments += [f"staleness={value or 1}", "model=model"]
+        elif what == "reply":
+            arguments.append(f'server_compressor=TopK({float(value.rstrip("%")) / 100:.4g}, values="sign")')
+        else:
+            arguments += {
+                "lr": ["lr_aware=True"], "warm": ["warmup_steps=60"], "late": ["staleness=1"],
+                "uncompensated": ["worker_error=False", "server_error=False"],
+            }[what]  # fmt: skip
+    if kind == "none" and not arguments:
+        return "uncompressed" + rate
+    if kind == "none":
+        arguments.insert(0, "NoCompression()")
+    return (f"DoubleSqueeze({', '.join(arguments)})" if arguments else "DoubleSqueeze") + rate
+
+
+def code(recipe: str) -> str:
+    """The same for Markdown."""
+    text, comma, rate = constructor(recipe).partition(", learning rate")
+    return (f"`{text}`" if text.startswith(("DoubleSqueeze", "hvd")) else text) + comma + rate
+
+
 def groups(content: Json) -> dict[tuple[int, str], list[Json]]:
     """Cells by workers and recipe, one for each seed: of real ranks where there are both."""
     found: dict[tuple[int, str], dict[int, Json]] = {}
@@ -96,14 +144,14 @@ def rows(content: Json, steps: Json | None) -> Iterator[list[str]]:
     task, found = content["settings"]["task"], groups(content)
     for (workers, recipe), cells in sorted(found.items(), key=lambda item: (item[0][0], _order(item))):
         reference = found.get((workers, "none"))
-        shown, beside = _metric(content, cells, reference, spread=True)
+        shown, beside = metric(content, cells, reference, spread=True)
         times = _times(task, recipe, cells, reference, steps)
-        yield [str(workers), recipe, _bits(cells), str(len(cells)), shown, beside, *times]
+        yield [str(workers), code(recipe), _bits(cells), str(len(cells)), shown, beside, *times]
         if recipe == "none" and any(times):
-            yield [str(workers), "none, fp16", "16", "", "as none", "", *_times(task, "fp16", cells, reference, steps)]
+            yield [str(workers), code("fp16"), "16", "", "as none", "", *_times(task, "fp16", cells, reference, steps)]
 
 
-def _metric(content: Json, cells: Sequence[Json], reference: Sequence[Json] | None, spread: bool = False) -> tuple[str, str]:
+def metric(content: Json, cells: Sequence[Json], reference: Sequence[Json] | None, spread: bool = False) -> tuple[str, str]:
     """The mean over the seeds, and how it compares with that of uncompressed training with the same seeds."""
     metrics = [cell["metric"] for cell in cells]
     if None in metrics:
@@ -149,7 +197,7 @@ def header(content: Json) -> list[str]:
         "bits per compressed element",
         "seeds",
         content["settings"]["metric"],
-        "beside none",
+        "beside uncompressed",
         *(f"minutes at {rate}" for rate in RATES),
     ]
 
@@ -169,10 +217,10 @@ def both_ways(content: Json) -> str:
     how = f"{100 * differences[worst]:.2f} points" if is_accuracy(content) else f"{differences[worst]:.4f}"
     recipes = sorted({recipe for _, recipe, _ in pairs})
     text = (
-        f"On ranks of their own under `horovodrun` and in one process: {', '.join(recipes)}. The metrics of the two differ by "
-        f"{how} at most ({worst[1]}), for sums are taken in another order, which training amplifies."
+        f"On ranks of their own under `horovodrun` and in one process: {', '.join(map(code, recipes))}. The two differ by "
+        f"{how} at most ({code(worst[1])}), for sums are taken in another order, which training amplifies."
     )
-    return text + (f" On ranks only: {', '.join(alone)}." if alone else "")
+    return text + (f" On ranks only: {', '.join(map(code, alone))}." if alone else "")
 
 
 # ---- linear speed-up
@@ -214,20 +262,19 @@ def _mean_steps(runs: Mapping[int, int | None], seeds: Iterable[int]) -> float |
 
 
 ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("for comparison", "none", dict.fromkeys(TITLES, "none")),
     ("any network, any model: the default", "`DoubleSqueeze`", dict.fromkeys(TITLES, "quantize-4")),
     (
-        "slow networks, SGD: the optimizer's own momentum 0, and 5/3 of the learning rate",
+        "slow network, SGD: the optimizer's own momentum 0, and 5/3 of the learning rate",
         '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)`',
         {"digits": "sign-4.5%-momentum", "gpt-sgd": "sign-4.5%-momentum-lr-1.67"},
     ),
     (
-        "slow networks, Adam: its beta1 0",
+        "slow network, Adam: its beta1 0",
         '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.6)`',
         {"gpt-adamw": "sign-4.5%-momentum-0.6"},
     ),
     (
-        "Adam, its beta1 0, where three times the bytes are no matter",
+        "Adam, its beta1 0, where 1 bit is few enough",
         '`DoubleSqueeze(TopK(0.18, values="sign"), momentum=0.9)`',
         {"gpt-adamw": "sign-18%-momentum"},
     ),
@@ -236,28 +283,43 @@ ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("for comparison", "DDP PowerSGD, rank 4", dict.fromkeys(TITLES, "ddp-powersgd-4")),
 )
 """For what, what to write, and the recipe that was run of each task."""
-ADVISED = {"digits": ("CNN", 8), "gpt-sgd": ("transformer, SGD", 4), "gpt-adamw": ("transformer, AdamW", 4)}
-"""Tasks of the advice: what they stand for, and how many workers."""
+ADVISED = {"digits": "CNN", "gpt-sgd": "transformer, SGD", "gpt-adamw": "transformer, AdamW"}
+"""Tasks of the advice, and what they stand for. All with `HOSTS` workers."""
+
+
+def speed_up(steps: Json | None, task: str, recipe: str, rate: str) -> float | None:
+    """How many times faster a step is than Horovod's without compression, where both were timed."""
+    own, uncompressed = (step_seconds(steps, task, name, rate) for name in (recipe, "none"))
+    return uncompressed / own if own and uncompressed else None
 
 
 def advice(results: Mapping[str, Json]) -> tuple[list[str], list[list[str]]]:
     """Which compression for which network and model: the header and rows of a table."""
     steps, lines = results.get("steps-gpt-small"), []
     for purpose, what, recipes in ADVICE:
-        bits, columns, minutes = "", [], {rate: [] for rate in RATES}
-        for task, (_, workers) in ADVISED.items():
-            content = results.get(f"convergence-{task}")
+        bits, columns, faster = "", [], dict.fromkeys(RATES, "")
+        for task in ADVISED:
+            content, recipe = results.get(f"convergence-{task}"), recipes.get(task, "")
             found = groups(content) if content else {}
-            cells = found.get((workers, recipes.get(task, "")))
+            cells = found.get((HOSTS, recipe))
             if content is None or not cells:
                 columns.append("")
                 continue
             bits = _bits(cells)
-            shown, beside = _metric(content, cells, found.get((workers, "none")))
-            columns.append(shown if what == "none" or not beside else f"{shown}, {beside}")
-            for rate, time in zip(RATES, _times(task, recipes[task], cells, found.get((workers, "none")), steps), strict=True):
-                minutes[rate] += [time] if time else []
+            columns.append(metric(content, cells, found.get((HOSTS, "none")))[1])
+            for rate in RATES:
+                times = speed_up(steps, task, recipe, rate)
+                faster[rate] = faster[rate] if times is None else f"{times:.1f} x"
         if any(columns):
-            lines.append([purpose, what, bits, *columns, *(" / ".join(minutes[rate]) for rate in RATES)])
-    names = [f"{name}: {results[f'convergence-{task}']['settings']['metric']}" for task, (name, _) in ADVISED.items()]
-    return ["for", "compression", "bits", *names, *(f"minutes at {rate}" for rate in RATES)], lines
+            lines.append([purpose, what, bits, *(faster[rate] for rate in RATES), *columns])
+    return ["for", "paste", "bits", *(f"speed at {rate}" for rate in RATES), *ADVISED.values()], lines
+
+
+def quality(content: Json, workers: int = HOSTS) -> dict[str, tuple[float, float]]:
+    """Bits for an element and the final metric, mean over the seeds, of each recipe at its own learning rate."""
+    found = {}
+    for (n, recipe), cells in groups(content).items():
+        metrics = [cell["metric"] for cell in cells]
+        if n == workers and None not in metrics and not re.fullmatch("none-lr.*|.*-lr-aware", recipe):
+            found[recipe] = float(cells[0]["bits_per_compressed_element"] or 32), statistics.fmean(metrics)
+    return found

@@ -16,8 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from cluster import UNSHAPED, bits_per_second
-from figures import draw_bandwidth, draw_fit, draw_learning, draw_scaling, draw_speedup, label
-from learning import HOSTS, TITLES, advice, both_ways, efficiencies, header, rows
+from figures import (
+    draw_bandwidth,
+    draw_fit,
+    draw_gains,
+    draw_learning,
+    draw_overview,
+    draw_quality,
+    draw_scaling,
+    draw_speedup,
+    label,
+)  # fmt: skip
+from learning import (
+    ADVISED,
+    HOSTS,
+    RATES,
+    TITLES,
+    advice,
+    both_ways,
+    code,
+    efficiencies,
+    groups,
+    header,
+    metric,
+    quality,
+    rows,
+    speed_up,
+)
 
 MODELS = {
     "mlp": "MLP, 28.3 million parameters",
@@ -26,12 +51,22 @@ MODELS = {
 }
 Json = Mapping[str, Any]
 END = "<!-- end -->"
+LARGEST_MEASURED = 28.3e6
+"""Parameters. The cost model is not asked for a break-even beyond."""
+DRAWN = (25e6, 10)
+"""Parameters and Gbit/s of the figure of scaling."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(method: str) -> str:
+    """A method in a table: code where one would type it."""
+    text = label(method)
+    return f"`{text}`" if text.startswith("DoubleSqueeze") else text
 
 
 def number(value: float) -> str:
@@ -68,7 +103,7 @@ def step_tables(content: Json) -> Iterator[str]:
             rows = []
             for method in methods:
                 columns = (cells[model, hosts, rate].get(method) for rate in rates)
-                rows.append([label(method), *("" if r is None else number(r["seconds_per_step"]) for r in columns)])
+                rows.append([shown(method), *("" if r is None else number(r["seconds_per_step"]) for r in columns)])
             yield f"Seconds of an iteration, {hosts} hosts, batches of {content['batch_size'][model]}:\n\n" + table(
                 ["method", *rates], rows
             )
@@ -95,14 +130,14 @@ def target_table(content: Json) -> str:
         if quantity == "exchange":
             took, others = cell[method]["seconds_above_noop"], cell[other]["seconds_above_noop"]
             reached = took * bound <= others  # also where it took no time that could be told from noop's noise
-            asked = f"exchange >= {bound:g} times shorter than {label(other)}'s"
+            asked = f"exchange >= {bound:g} times shorter than {shown(other)}'s"
             found = f"{others / took:.1f} times" if took > 0 else "no longer than noop"
             by_round = _factors_by_round(cell, method, other)
             found += f" ({', '.join(by_round)} by round)" if len(by_round) > 1 else ""
         else:
             factor = cell[method]["seconds_per_step"] / cell[other]["seconds_per_step"]
-            reached, asked, found = factor <= bound, f"iteration <= {bound:g} of {label(other)}'s", f"{factor:.2f}"
-        rows.append([rate, label(method), asked, found, "yes" if reached else "**no**"])
+            reached, asked, found = factor <= bound, f"iteration <= {bound:g} of {shown(other)}'s", f"{factor:.2f}"
+        rows.append([rate, shown(method), asked, found, "yes" if reached else "**no**"])
     return table(["rate", "method", "asked", "measured", "reached"], rows)
 
 
@@ -124,7 +159,7 @@ def bytes_table(content: Json, rate: str) -> str:
             sent, wire = cell[method]["bytes_sent"], cell[method]["wire_bytes_sent"]
             coordination = idle * cell[method]["wire_seconds"]
             counts = (f"{count:,.0f}" for count in (sent, wire, coordination))
-            rows.append([model, str(hosts), label(method), *counts, f"{(wire - coordination) / sent - 1:+.1%}"])
+            rows.append([model, str(hosts), shown(method), *counts, f"{(wire - coordination) / sent - 1:+.1%}"])
     header = [
         "model",
         "hosts",
@@ -138,7 +173,7 @@ def bytes_table(content: Json, rate: str) -> str:
 
 
 def wire_table(content: Json) -> str:
-    """Time of the exchange, and time that a slower network adds to it, over what the rate says."""
+    """Seconds of the exchange beside what the rate says, and beside those of the network that is not limited."""
     cells, rows = _by_cell(content), []
     for (model, hosts, rate), cell in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], _rate_order(item[0][2]))):
         bits, fast = bits_per_second(rate), cells.get((model, hosts, UNSHAPED))
@@ -147,11 +182,9 @@ def wire_table(content: Json) -> str:
         for method in ("none", "onebit", "topk-1%", "topk-0.1%"):
             if method in cell and method in fast:
                 ideal = 8 * cell[method]["wire_bytes_sent"] / bits
-                above = cell[method]["seconds_above_noop"]
-                added = above - fast[method]["seconds_above_noop"]
-                ratios = (f"{above / ideal:.2f}", f"{added / ideal:.2f}")
-                rows.append([model, str(hosts), rate, label(method), number(ideal), *ratios])
-    header = ["model", "hosts", "rate", "method", "bytes / rate (s)", "above noop, over that", "added to unshaped, over that"]
+                seconds = (ideal, cell[method]["seconds_above_noop"], fast[method]["seconds_above_noop"])
+                rows.append([model, str(hosts), rate, shown(method), *(f"{max(0.0, value):.3f}" for value in seconds)])
+    header = ["model", "hosts", "rate", "method", "bytes / rate", "exchange", "exchange, unshaped"]
     return table(header, rows)
 
 
@@ -180,19 +213,26 @@ def model_section(model: Json) -> Iterator[str]:
     yield "The largest errors:\n\n" + table(
         ["model", "method", "rate", "measured (s)", "predicted (s)", "error"],
         [
-            [t["model"], label(t["method"]), t["rate"], number(t["measured"]), number(t["predicted"]), f"{t['error']:+.0%}"]
+            [t["model"], shown(t["method"]), t["rate"], number(t["measured"]), number(t["predicted"]), f"{t['error']:+.0%}"]
             for t in worst
         ],
     )
     yield (
         "Drawn to a thousand hosts, one processor each, at most 32 buckets, "
         f"{1e6 * model['settings']['delay']:g} microseconds of delay in the network for each message:\n\n"
-        "![Seconds of an exchange over hosts](FIGURES/model-scaling.svg)"
+        "![Seconds of an exchange over hosts](FIGURES/model-scaling.svg)\n\n"
+        "The other sizes and bandwidths are in `benchmarks/results/model.json`."
     )
     yield (
-        "**Break-even**: the bandwidth above which 1-bit compression does not pay, by the model. Models smaller than those "
-        "that were measured are left out: latency decides there, which this fit cannot tell from noise. The digits at the "
-        "end of this page are such a model."
+        "**Break-even**: the bandwidth above which 1-bit compression does not pay, by the model. Read it as an upper bound: on "
+        "two cores the fit cannot tell some prices from noise"
+        + (
+            f", and gives {' and '.join(free)} the price 0"
+            if (free := [n for n, p in model["prices"].items() if p == 0])
+            else ""
+        )
+        + ". Smaller and larger models than those that were measured are left out. Small ones are bound by latency, as the "
+        "digits at the end of this page are."
     )
     yield break_even_table(model)
 
@@ -206,6 +246,7 @@ def break_even_table(model: Json) -> str:
     rows = [
         [f"{b['elements'] / 1e6:,g} million", str(b["hosts"]), rate(b["bits_per_second"]), rate(b["bits_per_second_wire_only"])]
         for b in model["break_even"]
+        if b["elements"] <= LARGEST_MEASURED
     ]
     return table(["parameters", "hosts", "beside Horovod on Gloo", "beside an allreduce that costs nothing but the wire"], rows)
 
@@ -218,7 +259,7 @@ def loopback_table(results: Mapping[str, Json]) -> str:
             times = r["compression_ratio"]
             fewer = "-" if times is None else f"{times:.0f} times fewer"
             step, part = f"{r['seconds_per_step']:.4f}", f"{r['time_ratio']:.0%}"
-            rows.append([str(results[name]["ranks"]), label(r["method"]), step, part, fewer])
+            rows.append([str(results[name]["ranks"]), shown(r["method"]), step, part, fewer])
     return table(["ranks", "method", "seconds of an iteration", "of uncompressed", "bytes sent"], rows)
 
 
@@ -245,7 +286,7 @@ def training_table(training: Json) -> str:
     """Accuracy of the digits."""
     rows = [
         [
-            r["method"],
+            code(r["method"]),
             f"{r['test_accuracy']:.2%}",
             f"{1e3 * r['seconds_per_step']:.2f}",
             "-" if r["reduction"] is None else f"{r['reduction']:.0f}x",
@@ -263,14 +304,15 @@ def learning_parts(results: Mapping[str, Json]) -> Iterator[str]:
         return
     yield "## Learning"
     yield (
-        "The same steps, data and learning rates for all recipes (`benchmarks/convergence.py` says what they are; *lr-x* is x "
-        "times the learning rate, and *none-lr-x* says what that does to uncompressed training); "
+        "The same steps, data and learning rates for all recipes (a recipe is what one would type; *learning rate x* "
+        "says what another rate does, to uncompressed training too); "
         "n workers, most of them in one process, with the exchange that they would run under Horovod. *Bits per compressed "
         "element* are those of what is compressed, mean of push and reply; biases and norms travel beside it as they are. "
         "Metrics are means over seeds, with half of the range between them, and compared with uncompressed training with the "
         "same seeds. *Minutes*: until the smoothed training loss is within 2 % "
         "of where uncompressed training ends, by the steps that a cluster of 4 hosts takes."
     )
+    yield "![The metric that training ends with over bits](FIGURES/quality.svg)"
     for name in names:
         content = results[name]
         settings, cell = content["settings"], content["cells"][0]
@@ -306,8 +348,8 @@ def speedup_parts(content: Json) -> Iterator[str]:
         lines = []
         for e in efficiencies([c for c in content["cells"] if c["transport"] == transport or c["workers"] == 1]):
             numbers = [(e["steps"], ".0f"), (e["efficiency"], ".2f"), (e["relative"], ".2f")]
-            shown = ["-" if value is None else f"{value:{how}}" for value, how in numbers]
-            lines.append([label(e["recipe"]) if e["recipe"] != "none" else "uncompressed", str(e["workers"]), *shown])
+            texts = ["-" if value is None else f"{value:{how}}" for value, how in numbers]
+            lines.append([shown(e["recipe"]) if e["recipe"] != "none" else "uncompressed", str(e["workers"]), *texts])
         if any(c["transport"] == transport for c in content["cells"]):
             yield how + ":"
             yield table(["recipe", "workers", "steps", "efficiency", "of uncompressed SGD's"], lines)
@@ -315,32 +357,74 @@ def speedup_parts(content: Json) -> Iterator[str]:
 
 def readme_advice(results: Mapping[str, Json]) -> str:
     """Which compression for which network and model, for the README."""
+    digits = results["convergence-digits"]
+    accuracies = [cell["metric"] for cell in groups(digits)[HOSTS, "none"]]
     return "\n\n".join(
         [
             table(*advice(results)),
-            "*Minutes*: until the training loss of the transformer is within 2 % of where uncompressed training ends, with "
-            "SGD / AdamW, on 4 hosts that share 2 cores. Differences are from uncompressed training with the same seeds.",
+            "*bits*: for an element, each way; uncompressed training sends 32. *speed at*: times Horovod's uncompressed "
+            f"steps, for a transformer of 0.67 million parameters on {HOSTS} hosts that share 2 cores "
+            "(`benchmarks/results/steps-gpt-small.json`); the figure has a larger model. The other columns say how training "
+            f"ends beside uncompressed training with the same seeds, {HOSTS} workers: for the CNN test accuracy (more is "
+            f"better; uncompressed runs alone differ by {100 * (max(accuracies) - min(accuracies)):.1f} points from seed to "
+            "seed), for the transformer validation bits per byte (fewer are better) "
+            "(`benchmarks/results/convergence-*.json`).",
         ]
     )
 
 
-def readme_figures(results: Mapping[str, Json]) -> str:
-    """What to expect, for the README."""
-    content, model = results["bandwidth"], results["model"]
-    cells, rates = _by_cell(content), (UNSHAPED, "1gbit", "100mbit")
-    methods = ("none", "fp16", "onebit", "topk-1%", "topk-0.1%", "ddp", "ddp-fp16", "ddp-powersgd-1", "ddp-powersgd-4", "noop")
-    rows = [
-        [label(method), *(f"{cells['mlp', 4, rate][method]['seconds_per_step']:.2f}" for rate in rates)] for method in methods
-    ]
-    return "\n\n".join(
-        [
-            "Seconds of an iteration, 28.3 million parameters, 4 hosts that share 2 cores:",
-            table(["", *rates], rows),
-            "By a cost model (iterations on 8 hosts predicted with a median error of "
-            f"{model['median_error']:.0%}), 1-bit compression pays up to these bandwidths; for smaller models latency decides:",
-            break_even_table(model),
-        ]
+def conclusions(results: Mapping[str, Json]) -> Iterator[str]:
+    """What a reader should know who reads no further, each with its numbers."""
+    if "bandwidth" in results:
+        cells = _by_cell(results["bandwidth"])
+
+        def faster(method: str, rate: str, model: str = "mlp") -> str:
+            cell = cells[model, HOSTS, rate]
+            return f"{cell['none']['seconds_per_step'] / cell[method]['seconds_per_step']:.1f}"
+
+        if all(("mlp", HOSTS, rate) in cells for rate in (UNSHAPED, "1gbit", "100mbit")):
+            for method in ("onebit", "topk-1%", "ddp-powersgd-1", "fp16"):
+                if method in cells["mlp", HOSTS, "100mbit"]:
+                    yield (
+                        f"{shown(method)}: {faster(method, '100mbit')} times as fast as Horovod at 100 Mbit/s, "
+                        f"{faster(method, '1gbit')} times at 1 Gbit/s, {faster(method, UNSHAPED)} times where nothing limits "
+                        f"the network; 28.3 million parameters, {HOSTS} hosts on 2 cores."
+                    )
+            yield (
+                f"Sending nothing at all would be {faster('noop', '100mbit')}, {faster('noop', '1gbit')} and "
+                f"{faster('noop', UNSHAPED)} times as fast: no compression can gain more."
+            )
+    steps = results.get("steps-gpt-small")
+    gains = {rate: speed_up(steps, "gpt-sgd", "quantize-4", rate) for rate in RATES}
+    if all(gains.values()):
+        said = " and ".join(f"{gain:.1f} times at {rate}" for rate, gain in gains.items())
+        yield f"`DoubleSqueeze`, the default: {said} as fast as Horovod, for a transformer of 0.67 million parameters."
+    for recipe in ("quantize-4", "onebit", "ddp-powersgd-4"):
+        ends = []
+        for task, name in ADVISED.items():
+            content = results.get(f"convergence-{task}")
+            found = groups(content) if content else {}
+            if content and (HOSTS, recipe) in found and (HOSTS, "none") in found:
+                ends.append(f"{_beside(content, recipe)} ({name})")
+        if ends:
+            yield f"{code(recipe)} ends beside uncompressed training at {', '.join(ends)}."
+    if "speedup" in results:
+        held = efficiencies([c for c in results["speedup"]["cells"] if c["transport"] == "in-process"])
+        most = max((e for e in held if e["recipe"] == "onebit" and e["efficiency"]), key=lambda e: e["workers"], default=None)
+        if most:
+            yield (
+                f"Linear speed-up: {most['workers']} workers with {code('onebit')} need "
+                f"{1 / most['efficiency'] / most['workers']:.2%} of the steps that one worker needs to a loss."
+            )
+    yield (
+        "Not measured: any GPU; a network that is not simulated on one machine; the time of the default and of signs, and "
+        "learning at all, for models of more than 0.67 million parameters."
     )
+
+
+def _beside(content: Json, recipe: str) -> str:
+    found = groups(content)
+    return metric(content, found[HOSTS, recipe], found[HOSTS, "none"])[1]
 
 
 def page(results: Mapping[str, Json]) -> str:
@@ -350,8 +434,14 @@ def page(results: Mapping[str, Json]) -> str:
         "Generated by `make results` from the JSON in `benchmarks/results`; do not edit. Seconds are those of the machine "
         "named with each section: compare methods with each other, not with another machine.",
     ]
+    parts += ["## Conclusions", "\n".join(f"* {line}" for line in conclusions(results))]
     if "bandwidth" in results:
         content = results["bandwidth"]
+        parts += (
+            ["![Times faster than Horovod over Mbit/s](FIGURES/gains.svg)"]
+            if {"mlp"} & {c["model"] for c in content["cells"]}
+            else []
+        )
         parts += [
             "## Time of an iteration over limited bandwidth",
             f"{where(content)}; TCP: {content['network']['tcp_congestion_control']}.",
@@ -379,9 +469,8 @@ def page(results: Mapping[str, Json]) -> str:
         if UNSHAPED in rates:
             parts += [
                 "### Time on the wire",
-                "The exchange, i.e. the time above noop, over the bytes on the wire divided by the rate; and what of it the "
-                "rate has added to the unshaped exchange, which is the wire's part without that of processors. Where bytes / "
-                "rate is a few milliseconds, both are noise.",
+                "Seconds: bytes on the wire divided by the rate; the exchange, which is the time above noop (0 where it could "
+                "not be told from noop's noise); and the exchange of the unshaped network, which is the processors' part.",
                 wire_table(content),
             ]
     if "model" in results:
@@ -407,6 +496,28 @@ def page(results: Mapping[str, Json]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def draw_across(results: Mapping[str, Json], folder: Path) -> None:
+    """The figures that compare: speed, quality, and both."""
+    timed = [
+        (results[name]["cells"], model, title)
+        for name, model, title in (("bandwidth", *item) for item in MODELS.items())
+        if name in results and any((c["model"], c["hosts"]) == (model, HOSTS) for c in results[name]["cells"])
+    ]
+    if "steps-gpt-small" in results and results["steps-gpt-small"]["cells"]:
+        timed.append((results["steps-gpt-small"]["cells"], "gpt-small", "GPT, 0.67 million parameters"))
+    if timed:
+        draw_gains(timed, folder / "gains.svg")
+    learned = [
+        (results[f"convergence-{task}"], f"{TITLES[task]}\n{HOSTS} workers")
+        for task in ADVISED
+        if f"convergence-{task}" in results and quality(results[f"convergence-{task}"])
+    ]
+    if learned:
+        draw_quality(learned, folder / "quality.svg")
+    if timed and timed[0][1] == "mlp" and any(content["settings"]["task"] == "gpt-adamw" for content, _ in learned):
+        draw_overview(results, folder / "overview.svg")
+
+
 def main() -> None:
     """Writes page, figures, and the parts of the README between the marks."""
     parser = argparse.ArgumentParser(description="Write the page of results.")
@@ -429,12 +540,13 @@ def main() -> None:
         draw_speedup(simulated, efficiencies(simulated), args.results / "speedup.svg")
     if "model" in results:
         draw_fit(results["model"], args.results / "model-fit.svg")
-        draw_scaling(results["model"], args.results / "model-scaling.svg")
+        draw_scaling(results["model"], *DRAWN, args.results / "model-scaling.svg")
+    draw_across(results, args.results)
     figures = os.path.relpath(args.results, args.page.parent)
     args.page.write_text(page(results).replace("FIGURES/", f"{figures}/"))
     if args.readme:
         text = args.readme.read_text()
-        for name, part in (("figures", readme_figures), ("advice", readme_advice)):
+        for name, part in (("advice", readme_advice),):
             begin = f"<!-- {name} from benchmarks/results: make results -->"
             if text.count(begin) != 1 or END not in text.split(begin)[1]:
                 parser.error(f"argument --readme: {args.readme} must hold {begin} once, and {END} after it")

@@ -10,13 +10,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import convergence
 import figures
 import learning
 import model
 import pytest
 import report
 import speedup
+import torch
 from horovod_jobs import ROOT
+
+import ds_horovod
 
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,6 +145,18 @@ def test_a_target_that_is_missed_is_said_to_be():
     rows = report.target_table(content).splitlines()[2:]
     assert [row.split("|")[-2].strip() for row in rows] == ["yes", "**no**", "yes", "yes"]
     assert "30.0 times" in rows[0] and math.isclose(float(rows[1].split("|")[4]), 1.25)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in convergence.RECIPES.items() if recipe.squeeze])
+def test_a_recipe_is_shown_as_what_one_would_write(name):
+    recipe = convergence.RECIPES[name]
+    text, _, rate = learning.constructor(name).partition(", learning rate x ")
+    names = {**vars(ds_horovod), "model": torch.nn.Linear(1, 1)}
+    shown = eval(text, names)
+    shown = (shown() if isinstance(shown, type) else shown).options
+    made = recipe.squeeze(momentum=recipe.momentum).options
+    assert replace(shown, model=None) == made and (shown.model is not None) == recipe.tentative
+    assert float(rate or 1) == recipe.lr
 
 
 # ---- what a measurement adds to the repository

@@ -34,7 +34,7 @@ def timed_method(recipe: str) -> str:
 
 
 def constructor(recipe: str) -> str:
-    """What a user writes for a recipe."""
+    """What a user writes for a recipe; the name itself where there is no such way."""
     plain = {"none": "uncompressed", "none, fp16": "hvd.Compression.fp16", "fp16": "hvd.Compression.fp16",
              "paper": "DoubleSqueeze.paper()", "paper-topk": "DoubleSqueeze.paper(TopK(k=300_000))"}  # fmt: skip
     if recipe in plain:
@@ -43,15 +43,20 @@ def constructor(recipe: str) -> str:
         return f"DDP PowerSGD, rank {recipe.removeprefix('ddp-powersgd-')}"
     name, *options = re.split(r"-(?=momentum|lr-|uncompensated|warm|late|tentative|reply)", recipe)
     kind, _, number = name.partition("-")
+    if kind in ("none", "onebit", "ternary") and number:
+        return recipe
     share = float(number.rstrip("%")) / 100 if number.endswith("%") else 0.0
-    arguments = {
+    kinds = {
         "none": [], "onebit": ["OneBit()"], "topk": [f"TopK({share or 0.01:.4g})"],
         "sign": [f'TopK({share:.4g}, values="sign")'],
         "quantize": [] if number == "4" else [f"Quantize(bits={number})"], "ternary": ["Ternary()"],
         "randomk": [f"RandomK({share:.4g})"], "cast": [f'Cast("{number}")'],
         "mem": ["TopK(0.01)", "server_compressor=NoCompression()"],
         "qsgd": ['Quantize(rounding="stochastic", scale="l2")', "worker_error=False", "server_error=False"],
-    }[kind]  # fmt: skip
+    }  # fmt: skip
+    if kind not in kinds:
+        return recipe
+    arguments = kinds[kind]
     rate = ""
     for option in options:
         what, _, value = option.partition("-")

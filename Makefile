@@ -1,4 +1,4 @@
-# make train   set everything up, then train real data under horovodrun
+# make train   set everything up, then train real data under horovodrun; draws build/train.png
 # make test    set everything up, then run all tests
 # make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and a day for all of it.
 #               What another machine has measured cannot be continued: RESULTS=FOLDER begins anew
@@ -45,7 +45,7 @@ endif
 .PHONY: train test test-without-horovod setup lint kernels results results-quick clean
 
 train: setup
-	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py $(ARGS)
+	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py --plot build/train.png $(ARGS)
 
 # Side by side, in several processes: ARGS="-n 0 TEST" runs a test alone, ARGS="-m 'not jobs'" what starts no ranks.
 test: setup

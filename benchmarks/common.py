@@ -56,7 +56,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
-        "settings": {key: value for key, value in vars(args).items() if key != "json"},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("json", "plot")},
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from common import HelpFormatter, new_file, positive, progress_bar, table, use_threads, write_json
+from learning import constructor
 from methods import NAMES, distribute, method_list, reduction
 from models import digits_classifier
 from sklearn.datasets import load_digits
@@ -25,6 +28,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 WARMUP_EPOCHS = 3
+MOMENTUM = 0.9
+SMOOTHING = 50
+"""Steps over which losses are averaged before they are drawn."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["none", "onebit", "topk"],
+        default=["none", "quantize-4", "sign-4.5%", "onebit", "topk"],
         metavar="METHOD",
         help=f"any of {', '.join(NAMES)}".replace("%", "%%"),
     )
@@ -45,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=positive(float), default=0.005, help="learning rate for one rank, times the ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the data")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results to FILE too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses into FILE, a PNG")
     args = parser.parse_args()
     args.methods = method_list(parser, "--methods", args.methods)
     return args
@@ -85,11 +92,16 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
     -------
     dict
         ``method``; ``test_accuracy``; ``loss``: mean over the last epoch; ``seconds_per_step``: median, of this rank;
-        ``steps``; ``bytes_sent``: per step, by this rank; ``reduction``: how many times fewer than uncompressed.
+        ``steps``; ``bytes_sent``: per step, by this rank; ``reduction``: how many times fewer than uncompressed;
+        ``losses``: of every step, on this rank.
     """
     torch.manual_seed(args.seed)
     model = digits_classifier()
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    # Signs come with momentum correction, in place of the optimizer's momentum, and with 5/3 of the learning rate: masking
+    # forgets velocity, so that steps are smaller.
+    corrected = method.startswith("sign-")
+    peak = (5 / 3 if corrected else 1) * hvd.size() * args.lr
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.0 if corrected else MOMENTUM)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     training = distribute(method, model, optimizer)
     optimizer = training.optimizer
@@ -105,13 +117,13 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
         optimizer.step()
         return loss.item()
 
-    seconds, losses = [], []
+    seconds: list[float] = []
+    losses: list[float] = []
     for epoch in progress_bar(range(args.epochs), desc=method, unit="epoch", disable=hvd.rank() != 0):
         sampler.set_epoch(epoch)
-        losses.clear()
         for i, (x, y) in enumerate(batches):
             progress = epoch + (i + 1) / len(batches)
-            optimizer.param_groups[0]["lr"] = learning_rate(progress, args.epochs, hvd.size() * args.lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(progress, args.epochs, peak)
             start = time.perf_counter()
             losses.append(step(x, y))
             seconds.append(time.perf_counter() - start)
@@ -120,12 +132,41 @@ def train(method: str, args: argparse.Namespace, train_data: TensorDataset, test
     return {
         "method": method,
         "test_accuracy": accuracy(model, test_data),
-        "loss": mean_over_ranks(statistics.fmean(losses), "loss"),
+        "loss": mean_over_ranks(statistics.fmean(losses[-len(batches) :]), "loss"),
         "seconds_per_step": statistics.median(seconds),
         "steps": len(seconds),
         "bytes_sent": sent,
         "reduction": reduction(sent, model),
+        "losses": losses,
     }
+
+
+def name(method: str) -> str:
+    """What a user writes for a method."""
+    return constructor(method + "-momentum-lr-1.67" * method.startswith("sign-"))
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Losses over steps, and over the bytes that this rank has sent."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True)
+    for r in results:
+        ends = range(SMOOTHING, r["steps"] + 1)
+        smooth = [statistics.fmean(r["losses"][end - SMOOTHING : end]) for end in ends]
+        for panel, each in zip(panels, (1, r["bytes_sent"] / 1e6), strict=True):
+            if each:  # of one rank, and of noop, nothing is sent
+                panel.plot([end * each for end in ends], smooth, linewidth=1, label=name(r["method"]))
+    panels[0].set(xlabel="steps", ylabel=f"training loss, mean of {SMOOTHING} steps", yscale="log")
+    panels[1].set(xlabel="megabytes sent by a rank", xscale="log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -135,7 +176,7 @@ def report(results: list[dict[str, Any]]) -> str:
         fewer = "-" if r["reduction"] is None else f"{r['reduction']:.1f}x"
         rows.append(
             [
-                r["method"],
+                name(r["method"]).partition(", learning")[0],
                 f"{r['test_accuracy']:.2%}",
                 f"{r['loss']:.5f}",
                 f"{r['seconds_per_step']:.5f}",
@@ -156,7 +197,10 @@ def main() -> None:
     if hvd.rank() == 0:
         print(report(results))
         if args.json:
-            write_json(args.json, args, results)
+            write_json(args.json, args, [{key: value for key, value in r.items() if key != "losses"} for r in results])
+        if args.plot:
+            draw(results, args.plot)
+            print(f"losses over steps and over bytes: {args.plot}")
 
 
 if __name__ == "__main__":

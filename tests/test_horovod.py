@@ -75,13 +75,19 @@ def test_process_sets():
 @pytest.mark.jobs
 @pytest.mark.parametrize("ranks", [4])
 def test_compressed_training_is_as_accurate(ranks, tmp_path):
-    """1-bit and top-k reach the accuracy of uncompressed training within one percentage point."""
-    file = tmp_path / "train.json"
-    run_ranks(ranks, "benchmarks/train.py", "--json", str(file), "--methods", "none,onebit,topk")
+    """What `make train` tries reaches the accuracy of uncompressed training within one percentage point, and is drawn.
+
+    But for signs with momentum correction, whose masked velocity these few steps are not enough for.
+    """
+    file, plot = tmp_path / "train.json", tmp_path / "build" / "train.png"
+    output = run_ranks(ranks, "benchmarks/train.py", "--epochs", "20", "--json", str(file), "--plot", str(plot))
+    assert output.count(f"losses over steps and over bytes: {plot}\n") == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
     accuracy = {method["method"]: method["test_accuracy"] for method in json.loads(file.read_text())["results"]}
     assert accuracy["none"] > 0.93
-    assert accuracy["onebit"] >= accuracy["none"] - 0.01, accuracy
-    assert accuracy["topk"] >= accuracy["none"] - 0.01, accuracy
+    assert list(accuracy) == ["none", "quantize-4", "sign-4.5%", "onebit", "topk"]
+    assert accuracy.pop("sign-4.5%") > 0.9
+    assert all(reached >= accuracy["none"] - 0.01 for reached in accuracy.values()), accuracy
 
 
 def python(script):

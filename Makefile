@@ -1,4 +1,5 @@
 # make train   set everything up, then train real data under horovodrun; draws build/train.png
+# make wheel   a wheel of the plugin in dist, for this Python and this kind of machine
 # make test    set everything up, then run all tests
 # make results  measure what is missing in RESULTS, then write the page of results; root, iproute2 and a day for all of it.
 #               What another machine has measured cannot be continued: RESULTS=FOLDER begins anew
@@ -42,7 +43,7 @@ endif
 # Benchmarks that run side by side measure each other.
 .NOTPARALLEL:
 
-.PHONY: train test test-without-horovod setup lint kernels results results-quick clean
+.PHONY: train wheel test test-without-horovod setup lint kernels results results-quick clean
 
 train: setup
 	$(bin)/horovodrun -np $(NP) --gloo $(bin)/python benchmarks/train.py --plot build/train.png $(ARGS)
@@ -63,6 +64,12 @@ $(BARE)/plugin: setup.py pyproject.toml $(kernels)
 	$(BARE)/bin/python -m pip install --quiet $(TORCH) numpy
 	$(BARE)/bin/python -m pip install --quiet --editable . 'pytest<9.2' pytest-xdist hypothesis pybind11
 	touch $@
+
+# Where auditwheel is installed, it makes a manylinux wheel of it, which other distributions take too.
+wheel: $(VENV)/torch
+	$(bin)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	if command -v auditwheel >/dev/null; then auditwheel repair --wheel-dir dist dist/ds_horovod-*-linux_*.whl; fi
+	@ls dist/ds_horovod-*.whl
 
 setup: $(VENV)/plugin
 

@@ -38,7 +38,9 @@ def tracked(*patterns):
 
 
 def test_source_release_is_complete(releases):
-    expected = tracked("ds_horovod", "csrc", "tests", "benchmarks", "docs", "examples", "scripts", "Makefile", "README.md", "setup.py")
+    expected = tracked(
+        "ds_horovod", "csrc", "tests", "benchmarks", "docs", "examples", "scripts", "Makefile", "README.md", "setup.py"
+    )
     assert expected and not expected - releases[0]
 
 

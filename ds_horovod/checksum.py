@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,14 +16,11 @@ _OF_PLACES, _OF_CHUNKS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # large and odd
 
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """A checksum of each tensor, by name. It depends on the place of an element too, and on a single one always."""
-    weights: dict[torch.device, Tensor] = {}
     result = {}
     for name, tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             continue
-        if tensor.device not in weights:
-            weights[tensor.device] = _weights(tensor.device)
-        result[name] = f"{_checksum(tensor.detach(), weights[tensor.device]):016x}"
+        result[name] = f"{_checksum(tensor.detach(), _weights(tensor.device)):016x}"
     return result
 
 
@@ -31,6 +29,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hashlib.sha256(repr(sorted(checksums(tensors).items())).encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
     """One for each place in a chunk, as if at random; odd, so that modulo 2**64 they multiply no difference away."""
     places = torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device) * _OF_PLACES

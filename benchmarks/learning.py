@@ -269,7 +269,7 @@ def _mean_steps(runs: Mapping[int, int | None], seeds: Iterable[int]) -> float |
 ADVICE: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("any network, any model: the default", "`DoubleSqueeze`", dict.fromkeys(TITLES, "quantize-4")),
     (
-        "slow network, SGD: the optimizer's own momentum 0, and 5/3 of the learning rate",
+        "slow network, SGD: the optimizer's own momentum 0, and for transformers 5/3 of the learning rate",
         '`DoubleSqueeze(TopK(0.045, values="sign"), momentum=0.9)`',
         {"digits": "sign-4.5%-momentum", "gpt-sgd": "sign-4.5%-momentum-lr-1.67"},
     ),

@@ -359,7 +359,7 @@ def test_tab_completion_shows_what_a_user_calls():
     names = {name for name in dir(DoubleSqueeze()) if not name.startswith("_")}
     assert names == {
         "attach", "broadcast_state", "change_compressor", "compress", "decompress", "explain", "flush", "full_state_dict",
-        "load_state_dict", "options", "paper", "reset_errors", "state_dict", "stats", "tentative",
+        "load_state_dict", "options", "paper", "reset_errors", "reset_stats", "state_dict", "stats", "tentative",
     }  # fmt: skip
 
 

@@ -321,10 +321,10 @@ def advice(results: Mapping[str, Json]) -> tuple[list[str], list[list[str]]]:
 
 
 def quality(content: Json, workers: int = HOSTS) -> dict[str, tuple[float, float]]:
-    """Bits for an element and the final metric, mean over the seeds, of each recipe at its own learning rate."""
+    """Bits for an element and the final metric, mean over the seeds, of each recipe on time and at its own learning rate."""
     found = {}
     for (n, recipe), cells in groups(content).items():
         metrics = [cell["metric"] for cell in cells]
-        if n == workers and None not in metrics and not re.fullmatch("none-lr.*|.*-lr-aware", recipe):
+        if n == workers and None not in metrics and not re.fullmatch("none-lr.*|.*-lr-aware|.*-(late|tentative).*", recipe):
             found[recipe] = float(cells[0]["bits_per_compressed_element"] or 32), statistics.fmean(metrics)
     return found

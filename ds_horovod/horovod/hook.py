@@ -12,6 +12,7 @@ import gc
 import inspect
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from .elastic import require_handler
 from .transport import HorovodTransport, pin, require_horovod_for
 
 _SUPPORTED = "0.28.1"
+_NAP = 5e-4  # seconds
 _SMALL_NBYTES = 2**16  # such gradients cost latency rather than bandwidth
 _stock_allreduce: Callable[..., Any] = getattr(stock._DistributedOptimizer, "_allreduce_grad_async", None)  # type: ignore[assignment]
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -637,16 +639,26 @@ def _leave_behind(sessions: Sequence[Session[Any]]) -> None:
 
 
 def _finish_left_behind(wait: bool) -> None:
-    """Goes on with the collectives of optimizers that are gone."""
-    for session in list(_left_behind):
-        done = True  # also where it has failed: nobody will ask for what it brings
-        with contextlib.suppress(Exception):
-            session.poll()
-            done = wait or session.late.arrived
-            if done:
-                session.late.drop()
-        if done:
-            _left_behind.remove(session)
+    """Goes on with the collectives of optimizers that are gone: with all of them, since ranks may lose them in any order."""
+    start, told = time.perf_counter(), 1.0
+    while True:
+        for session in list(_left_behind):
+            arrived = True  # also where it has failed: nobody will ask for what it brings
+            with contextlib.suppress(Exception):
+                session.poll()
+                arrived = session.late.arrived
+                if arrived:
+                    session.late.drop()
+            if arrived:
+                _left_behind.remove(session)
+        if not wait or not _left_behind:
+            return
+        waited = time.perf_counter() - start
+        if waited > told:
+            told = waited + 1.0
+            pending = [work.pending for session in _left_behind for work in session.pipeline.in_flight]
+            _left_behind[0].transport.waiting(waited, [name for name in pending if name is not None])
+        time.sleep(_NAP)
 
 
 def _late() -> list[int]:

@@ -242,6 +242,20 @@ def ranks_that_join_once_the_optimizer_is_gone():
 
 
 @check
+def optimizers_that_ranks_lose_in_different_orders():
+    models = [small_model() for _ in range(2)]
+    optimizers = [distributed(model, squeeze(OneBit(64), staleness=1)) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for step in range(2):
+            train_step(model, optimizer, step)
+    del optimizer
+    for _ in range(2):
+        del optimizers[hvd.rank() % len(optimizers)]
+        gc.collect()
+    hvd.join()
+
+
+@check
 def a_step_that_is_dropped_and_one_without_backward():
     model = small_model()
     optimizer = distributed(model, squeeze(OneBit(64), staleness=1))

@@ -44,8 +44,8 @@ Terms<G> terms_at(Tensors gradients, const FeedbackState& state, int64_t tensor,
 }
 
 // Calls eight(i, v, velocity) for eight adjacent finite values, and one(i, v, velocity) or not_finite(i) for the others.
-template <class G, class Eight, class One, class NotFinite>
-inline void for_values(const Terms<G>& terms, int64_t count, const Eight& eight, const One& one, const NotFinite& not_finite) {
+template <class Terms, class Eight, class One, class NotFinite>
+inline void for_values(const Terms& terms, int64_t count, const Eight& eight, const One& one, const NotFinite& not_finite) {
     auto singly = [&](int64_t from, int64_t to) {
         for (; from < to; from++) {
             float velocity = 0.f;
@@ -98,7 +98,7 @@ template <class Call> auto with_cast_type(const Cast& format, const Call& call) 
     }
 }
 
-template <class H, class G> inline void cast_values(const Terms<G>& terms, int64_t count, H* out) {
+template <class H, class Terms> inline void cast_values(const Terms& terms, int64_t count, H* out) {
     const float largest = largest_of(out);
     float *e = terms.e, *u = terms.u;
     for_values(
@@ -181,7 +181,41 @@ bool cast_is_within(const Cast& format, const Layout& layout, const uint8_t* chu
     });
 }
 
-constexpr decltype(Passes<Cast>::serve) cast_serve = nullptr;
+// The terms of a server's v from some element on: the error, and what each worker has pushed.
+template <class H>
+struct ServerTerms {
+    const H* pushed;
+    int64_t workers, stride;
+    float weight;
+    float *e, *u;  // there is no velocity
+
+    F8 eight(int64_t i, F8&) const {
+        F8 v = e ? load(e + i) : splat(0);
+        for (int64_t w = 0; w < workers; w++) v = add(v, mul(load(pushed + w * stride + i), splat(weight)));
+        return v;
+    }
+    float one(int64_t i, float&) const {
+        float v = e ? e[i] : 0.f;
+        for (int64_t w = 0; w < workers; w++) v += to_float(pushed[w * stride + i]) * weight;
+        return v;
+    }
+};
+
+void cast_serve(const Cast& format, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
+                FeedbackState state, uint8_t* chunk, int threads) {
+    with_cast_type(format, [&](auto* type) {
+        using H = std::remove_pointer_t<decltype(type)>;
+        parallel(threads, [&](int t) {
+            for_part(layout, t, threads, [&](int64_t, int64_t, int64_t, int64_t count, int64_t at) {
+                const ServerTerms<H> terms = {cast_at<H>(format, layout, pushed, 0, at), workers,
+                                              format.chunk_bytes / int64_t(sizeof(H)), weight,
+                                              state.error ? state.error + at : nullptr, nullptr};
+                cast_values(terms, count, cast_at<H>(format, layout, chunk, 0, at));
+            });
+        });
+    });
+}
+
 constexpr decltype(Passes<Cast>::fault) cast_fault = nullptr;
 
 // ---- RandomK

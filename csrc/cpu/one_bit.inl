@@ -302,12 +302,8 @@ void one_bit_accumulate(const OneBit& format, const Layout& layout, const uint8_
         for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t, int64_t count, int64_t position) {
             float* to = sum + position;
             const float scale = *scale_in(chunk, scales.slot(i, 0, position)) * weight;
-            expand(scale, chunk + format.bits_at + position / 8, count, [to](int64_t at, F8 values, int valid) {
-                if (valid == 8) return store(to + at, add(load(to + at), values));
-                float v[8];
-                store(v, values);
-                for (int j = 0; j < valid; j++) to[at + j] += v[j];
-            });
+            expand(scale, chunk + format.bits_at + position / 8, count,
+                   [to](int64_t at, F8 values, int valid) { add_to(to + at, values, valid); });
         });
     });
 }

@@ -17,8 +17,15 @@ namespace {
 
 constexpr int64_t kDigits = 5;  // of base 3 in a byte
 
+// The codes of neighbours, which are packed alike: of as many as surely lie in a part of a block.
+using Codes4 = uint32_t;
+using Codes16 = uint8_t __attribute__((vector_size(16)));
+template <class Codes> inline Codes codes_at(const uint8_t* p) { Codes c; std::memcpy(&c, p, sizeof(Codes)); return c; }
+template <class Codes> inline void put_codes(uint8_t* p, Codes c) { std::memcpy(p, &c, sizeof(Codes)); }
+constexpr Codes4 each(uint8_t bits) { return 0x01010101u * bits; }
+
 // The elements of a byte lie far apart, so that adjacent bytes hold adjacent elements, and compilers can vectorize the loops.
-inline void pack_codes(const Quantize& format, const uint8_t* c, uint8_t* out) {
+inline void pack_codes(const Quantize& format, const uint8_t* __restrict c, uint8_t* __restrict out) {
     switch (format.bits) {
         case 0: {
             const int64_t m = ceil_div(format.block, kDigits);
@@ -28,28 +35,35 @@ inline void pack_codes(const Quantize& format, const uint8_t* c, uint8_t* out) {
         }
         case 2: {
             const int64_t m = format.block / 4;
-            for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 2 | c[2 * m + j] << 4 | c[3 * m + j] << 6);
+            for (int64_t j = 0; j < m; j += 4) {
+                auto at = [&](int64_t i) { return codes_at<Codes4>(c + i * m + j); };
+                put_codes(out + j, at(0) | at(1) << 2 | at(2) << 4 | at(3) << 6);
+            }
             break;
         }
         case 3: {
             const int64_t m = format.block / 8;
-            for (int64_t j = 0; j < m; j++) {
-                out[j] = uint8_t(c[j] | c[m + j] << 3 | c[2 * m + j] << 6);
-                out[m + j] = uint8_t(c[2 * m + j] >> 2 | c[3 * m + j] << 1 | c[4 * m + j] << 4 | c[5 * m + j] << 7);
-                out[2 * m + j] = uint8_t(c[5 * m + j] >> 1 | c[6 * m + j] << 2 | c[7 * m + j] << 5);
+            for (int64_t j = 0; j < m; j += 4) {
+                auto at = [&](int64_t i) { return codes_at<Codes4>(c + i * m + j); };
+                put_codes(out + j, at(0) | at(1) << 3 | (at(2) & each(3)) << 6);
+                put_codes(out + m + j, (at(2) >> 2 & each(1)) | at(3) << 1 | at(4) << 4 | (at(5) & each(1)) << 7);
+                put_codes(out + 2 * m + j, (at(5) >> 1 & each(3)) | at(6) << 2 | at(7) << 5);
             }
             break;
         }
         case 4: {
             const int64_t m = format.block / 2;
-            for (int64_t j = 0; j < m; j++) out[j] = uint8_t(c[j] | c[m + j] << 4);
+            for (int64_t j = 0; j < m; j += 16)
+                put_codes(out + j, codes_at<Codes16>(c + j) | codes_at<Codes16>(c + m + j) << 4);
             break;
         }
         default: std::memcpy(out, c, size_t(format.block));
     }
 }
 
-inline void unpack_codes(const Quantize& format, const uint8_t* in, uint8_t* c) {
+// Returns where the codes are, a byte each: there is `room` for them, and for 2 * kDigits more.
+inline const uint8_t* unpack_codes(const Quantize& format, const uint8_t* __restrict in, uint8_t* __restrict room) {
+    uint8_t* __restrict c = room;
     switch (format.bits) {
         case 0: {
             const int64_t m = ceil_div(format.block, kDigits);
@@ -64,34 +78,36 @@ inline void unpack_codes(const Quantize& format, const uint8_t* in, uint8_t* c) 
         case 2: {
             const int64_t m = format.block / 4;
             for (int64_t i = 0; i < 4; i++)
-                for (int64_t j = 0; j < m; j++) c[i * m + j] = in[j] >> (2 * i) & 3;
+                for (int64_t j = 0; j < m; j += 4) put_codes(c + i * m + j, codes_at<Codes4>(in + j) >> (2 * i) & each(3));
             break;
         }
         case 3: {
             const int64_t m = format.block / 8;
-            for (int64_t j = 0; j < m; j++) {
-                const unsigned x = in[j], y = in[m + j], z = in[2 * m + j];
-                c[j] = x & 7;
-                c[m + j] = x >> 3 & 7;
-                c[2 * m + j] = uint8_t(x >> 6 | (y & 1) << 2);
-                c[3 * m + j] = y >> 1 & 7;
-                c[4 * m + j] = y >> 4 & 7;
-                c[5 * m + j] = uint8_t(y >> 7 | (z & 3) << 1);
-                c[6 * m + j] = z >> 2 & 7;
-                c[7 * m + j] = uint8_t(z >> 5);
+            for (int64_t j = 0; j < m; j += 4) {
+                const auto x = codes_at<Codes4>(in + j), y = codes_at<Codes4>(in + m + j), z = codes_at<Codes4>(in + 2 * m + j);
+                put_codes(c + j, x & each(7));
+                put_codes(c + m + j, x >> 3 & each(7));
+                put_codes(c + 2 * m + j, (x >> 6 & each(3)) | (y & each(1)) << 2);
+                put_codes(c + 3 * m + j, y >> 1 & each(7));
+                put_codes(c + 4 * m + j, y >> 4 & each(7));
+                put_codes(c + 5 * m + j, (y >> 7 & each(1)) | (z & each(3)) << 1);
+                put_codes(c + 6 * m + j, z >> 2 & each(7));
+                put_codes(c + 7 * m + j, z >> 5 & each(7));
             }
             break;
         }
         case 4: {
             const int64_t m = format.block / 2;
-            for (int64_t j = 0; j < m; j++) {
-                c[j] = in[j] & 15;
-                c[m + j] = in[j] >> 4;
+            for (int64_t j = 0; j < m; j += 16) {
+                const auto x = codes_at<Codes16>(in + j);
+                put_codes(c + j, x & 15);
+                put_codes(c + m + j, x >> 4);
             }
             break;
         }
-        default: std::memcpy(c, in, size_t(format.block));
+        default: return in;
     }
+    return room;
 }
 
 // One block in the first-level cache, zero past its last element.
@@ -104,95 +120,128 @@ struct QuantizedBlock {
     std::vector<float> values, velocities;
     std::vector<uint8_t> codes;
 
+    // Stages the values, and returns their scale. load_row(i, v) fills in a row of 32, load_value(i) gives one of what is left
+    // over.
+    template <class LoadRow, class LoadValue>
+    float stage_rows(int64_t count, const LoadRow& load_row, const LoadValue& load_value) {
+        return format.l2 ? stage_rows<true>(count, load_row, load_value) : stage_rows<false>(count, load_row, load_value);
+    }
+
     // v = gradient + error, with momentum * velocity; or the error alone.
-    template <class G> void stage(const G* g, const FeedbackState& kept, int64_t count) {
+    template <class G> float stage(const G* g, const FeedbackState& kept, int64_t count) {
         const float *e = kept.error, *u = kept.velocity, momentum = kept.momentum;
-        float *v = values.data(), *w = velocities.data();
-        const F8 m = splat(momentum);
-        int64_t i = 0;
-        for (; i + 8 <= count; i += 8) {
-            F8 x = g ? load(g + i) : load(e + i);
-            if (u) store(w + i, x = add(mul(m, load(u + i)), x));
-            if (g && e) x = add(x, load(e + i));
-            store(v + i, x);
-        }
-        for (; i < count; i++) {
-            float x = g ? to_float(g[i]) : e[i];
-            if (u) w[i] = x = momentum * u[i] + x;
-            if (g && e) x = x + e[i];
-            v[i] = x;
-        }
-        std::fill(v + count, v + format.block, 0.f);
+        float* w = velocities.data();
+        return stage_rows(
+            count,
+            [=](int64_t i, F8* v) {
+                for (int q = 0; q < 4; q++) v[q] = g ? load(g + i + 8 * q) : load(e + i + 8 * q);
+                if (u)
+                    for (int q = 0; q < 4; q++)
+                        store(w + i + 8 * q, v[q] = add(mul(splat(momentum), load(u + i + 8 * q)), v[q]));
+                if (g && e)
+                    for (int q = 0; q < 4; q++) v[q] = add(v[q], load(e + i + 8 * q));
+            },
+            [=](int64_t i) {
+                float v = g ? to_float(g[i]) : e[i];
+                if (u) w[i] = v = momentum * u[i] + v;
+                return g && e ? v + e[i] : v;
+            });
     }
 
-    // Adds the values that a worker has sent.
-    void add_codes(const uint8_t* from, float step, int64_t count) {
-        unpack_codes(format, from, codes.data());
-        // Digits past the last element: a corrupted push may have any there, and the reply would repeat them.
-        std::fill(codes.begin() + format.block, codes.end(), uint8_t(0));
-        const F8 s = splat(step), levels = splat(float(format.levels));
-        const int64_t padded = ceil_div(count, 8) * 8;
-        for (int64_t i = 0; i < padded; i += 8)
-            store(&values[size_t(i)], add(load(&values[size_t(i)]), mul(sub(from_bytes(&codes[size_t(i)]), levels), s)));
-        std::fill(values.begin() + count, values.begin() + padded, 0.f);
-    }
-
-    float scale() const {
-        const float* v = values.data();
-        if (format.l2) {
-            RowSum sum;
-            for (int64_t i = 0; i < format.block;) {
-                for (const int64_t end = std::min(i + kGroup, format.block); i < end; i += kRow)
-                    for (int q = 0; q < 4; q++) sum.group[q] = add(sum.group[q], mul(load(v + i + 8 * q), load(v + i + 8 * q)));
-                if (i % kGroup == 0) sum.close_group();
+    // Writes the payload of the block, and error and velocity, if any. `position` selects the random numbers. fetch(i) is
+    // called for each row of 32, to bring what later blocks need while this one is being rounded.
+    template <class Fetch>
+    void finish(float scale, int64_t count, int64_t position, const Philox& random, const FeedbackState& kept, float* step,
+                uint8_t* out, const Fetch& fetch) {
+        const float levels = float(format.levels);
+        if (!(scale <= float_of(kMaxFinite))) {
+            *step = float_of(kNaN);
+            return;
+        }
+        *step = std::min(scale / levels, widest_step(levels));  // what readers make of the outermost level must be finite
+        const float shrink = shrink_of(scale), inverse = std::min(levels / (scale * shrink), float_of(kMaxFinite));
+        const F8 by = splat(inverse), smaller = splat(shrink), width = splat(*step), most = splat(levels);
+        const bool whole = count == format.block, stochastic = format.stochastic;
+        const float *v = values.data(), *u = kept.velocity ? velocities.data() : nullptr;
+        float *error = whole && kept.error ? kept.error : values.data();
+        float *velocity = whole && kept.velocity ? kept.velocity : velocities.data();
+        uint8_t* to = codes.data();
+        F8 r[8];
+        for (F8& half : r) half = splat(0.5f);
+        for (int64_t i = 0, end = format.block; i < end; i += kRow) {
+            fetch(i);
+            if (stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
+            F8 signed_level[4];
+            for (int q = 0; q < 4; q++) {
+                const int64_t at = i + 8 * q;
+                const F8 x = load(v + at);
+                const F8 level = truncated(add(mul(mul(abs(x), smaller), by), r[at / 8 % 8]), most);
+                signed_level[q] = with_sign_of(level, x);
+                store(error + at, sub(x, mul(signed_level[q], width)));
+                if (u) store(velocity + at, where_zero(load(u + at), level));
             }
-            return std::sqrt(sum.finish());
+            to_codes(signed_level, most, to + i);
         }
-        F8 largest[2] = {splat(0), splat(0)};
-        for (int64_t i = 0; i < format.block; i += 16)
-            for (int q = 0; q < 2; q++) largest[q] = larger_magnitude(largest[q], load(v + i + 8 * q));
+        if (!whole && kept.error) std::copy(error, error + count, kept.error);
+        if (!whole && kept.velocity) std::copy(velocity, velocity + count, kept.velocity);
+        pack_codes(format, codes.data(), out);
+    }
+
+private:
+    template <bool L2, class LoadRow, class LoadValue>
+    float stage_rows(int64_t count, const LoadRow& load_row, const LoadValue& load_value) {
+        RowSum sum;
+        F8 largest[4] = {splat(0), splat(0), splat(0), splat(0)}, v[4];
+        float* to = values.data();
+        auto take = [&](int64_t i) {
+            for (int q = 0; q < 4; q++) {
+                store(to + i + 8 * q, v[q]);
+                if (L2) sum.group[q] = add(sum.group[q], mul(v[q], v[q]));
+                else largest[q] = larger_magnitude(largest[q], v[q]);
+            }
+            if (L2 && (i + kRow) % kGroup == 0) sum.close_group();
+        };
+        int64_t i = 0;
+        for (; i + kRow <= count; i += kRow) {
+            load_row(i, v);
+            take(i);
+        }
+        if (i < count) {
+            float tail[kRow] = {};
+            for (int64_t j = i; j < count; j++) tail[j - i] = load_value(j);
+            for (int q = 0; q < 4; q++) v[q] = load(tail + 8 * q);
+            take(i);
+            i += kRow;
+        }
+        std::fill(to + i, to + format.block, 0.f);
+        if (L2) return std::sqrt(sum.finish());
+        for (int q = 1; q < 4; q++) largest[0] = larger_magnitude(largest[0], largest[q]);
         float lanes[8];
-        store(lanes, larger_magnitude(largest[0], largest[1]));
+        store(lanes, largest[0]);
         uint32_t most = 0;
         for (float lane : lanes) most = std::max(most, magnitude(lane));
         return float_of(most);
     }
-
-    // Writes the payload of the block, and error and velocity, if any. `position` selects the random numbers.
-    void finish(int64_t count, int64_t position, const Philox& random, const FeedbackState& kept, float* step, uint8_t* out) {
-        float *error = kept.error, *velocity = kept.velocity;
-        const float s = scale(), levels = float(format.levels);
-        if (!(s <= float_of(kMaxFinite))) {
-            *step = float_of(kNaN);
-            return;
-        }
-        *step = std::min(s / levels, widest_step(levels));  // what readers make of the outermost level must be finite
-        const float shrink = shrink_of(s), inverse = std::min(levels / (s * shrink), float_of(kMaxFinite));
-        const F8 by = splat(inverse), smaller = splat(shrink), width = splat(*step), most = splat(levels);
-        F8 r[8];
-        for (F8& half : r) half = splat(0.5f);
-        for (int64_t i = 0; i < format.block; i += 8) {
-            if (format.stochastic && i % 64 == 0) uniforms(random, uint64_t(position + i) / 8, r);
-            const F8 v = load(&values[size_t(i)]);
-            const F8 level = truncated(add(mul(mul(abs(v), smaller), by), r[i / 8 % 8]), most);
-            const F8 signed_level = with_sign_of(level, v), sent = mul(signed_level, width);
-            to_bytes(add(signed_level, most), &codes[size_t(i)]);
-            if (error && i + 8 <= count) {
-                store(error + i, sub(v, sent));
-                if (velocity) store(velocity + i, where_zero(load(&velocities[size_t(i)]), level));
-            } else if (error && i < count) {
-                float rest[8], levels_here[8];
-                store(rest, sub(v, sent));
-                store(levels_here, level);
-                for (int64_t j = i; j < count; j++) {
-                    error[j] = rest[j - i];
-                    if (velocity) velocity[j] = levels_here[j - i] == 0.f ? velocities[size_t(j)] : 0.f;
-                }
-            }
-        }
-        pack_codes(format, codes.data(), out);
-    }
 };
+
+// Whether no row of 32 lies in both halves of a block of 4-bit codes: then they are read as they are packed.
+inline bool in_halves(const Quantize& format) { return format.bits == 4 && format.block % 64 == 0; }
+
+// out(i, values, valid): the values of a block, eight at a time; the last eight may hold fewer than 8 valid ones. There is
+// room for unpacked codes.
+template <class Out>
+inline void expand(const Quantize& format, const uint8_t* codes, float step, int64_t count, uint8_t* room, const Out& out) {
+    const F8 s = splat(step), levels = splat(float(format.levels));
+    auto from = [&](const uint8_t* byte, int64_t begin, int64_t end, const auto& read) {
+        int64_t i = begin;
+        for (; i + 8 <= end; i += 8) out(i, mul(read(byte + i - begin, levels), s), 8);
+        if (i < end) out(i, mul(read(byte + i - begin, levels), s), int(end - i));
+    };
+    const int64_t half = format.block / 2;
+    if (!in_halves(format)) return from(unpack_codes(format, codes, room), 0, count, from_codes<0, 8>);
+    from(codes, 0, std::min(half, count), from_codes<0, 4>);
+    from(codes, half, count, from_codes<4, 4>);
+}
 
 struct CodesOfBlock { float step; const uint8_t* codes; };
 inline float* step_in(uint8_t* chunk, int64_t block) { return reinterpret_cast<float*>(chunk) + block; }
@@ -213,6 +262,7 @@ inline Philox random_of(const Quantize& format, const FeedbackState& state) {
 void quantize_encode(const Quantize& format, const Layout& layout, Tensors gradients, FeedbackState state, uint8_t* chunks,
                      int threads) {
     const Philox random = random_of(format, state);
+    const int64_t ahead = std::max(kAhead, format.block);
     with_element_type(gradients.dtype, [&](auto* type) {
         using G = std::remove_pointer_t<decltype(type)>;
         parallel(threads, [&](int t) {
@@ -223,9 +273,15 @@ void quantize_encode(const Quantize& format, const Layout& layout, Tensors gradi
                 uint8_t* chunk = chunks + shard * format.chunk_bytes;
                 const G* g = gradients.dtype == Dtype::none ? nullptr : static_cast<const G*>(gradients.data[i]) + first;
                 const FeedbackState kept = at_position(state, position);
-                block.stage(g, kept, count);
+                const float *e = kept.error, *u = kept.velocity, scale = block.stage(g, kept, count);
                 uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
-                block.finish(count, position, random, kept, step_in(chunk, at), codes);
+                block.finish(scale, count, position, random, kept, step_in(chunk, at), codes, [=](int64_t row) {
+                    for (int64_t j = row + ahead; j < row + ahead + kRow; j += kRow / 2) {
+                        if (g) prefetch(g + j);
+                        if (e) prefetch(e + j);
+                        if (u) prefetch(u + j);
+                    }
+                });
             });
         });
     });
@@ -234,19 +290,51 @@ void quantize_encode(const Quantize& format, const Layout& layout, Tensors gradi
 void quantize_serve(const Quantize& format, const Layout& layout, const uint8_t* pushed, int64_t workers, float weight,
                     FeedbackState state, uint8_t* chunk, int threads) {
     const Philox random = random_of(format, state);
+    const int64_t ahead = std::max(kAhead, format.block), stride = format.block + 2 * kDigits;
+    const float levels = float(format.levels);
+    const int64_t half = format.block / 2;
+    const bool halves = in_halves(format);
     parallel(threads, [&](int t) {
         QuantizedBlock block(format);
-        std::vector<float> zeros(size_t(format.block));
+        std::vector<uint8_t> room(size_t(workers * stride));
+        struct Pushed { const uint8_t* codes; float step; };
+        std::vector<Pushed> pushes(size_t(workers), Pushed{});
         for_blocks(layout, format.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
             const int64_t at = position / format.block;
             const FeedbackState kept = at_position(state, position);
-            block.stage<float>(nullptr, kept.error ? kept : FeedbackState{zeros.data()}, count);
             for (int64_t w = 0; w < workers; w++) {
                 const CodesOfBlock from = codes_in(format, pushed + w * format.chunk_bytes, at);
-                block.add_codes(from.codes, from.step * weight, count);
+                for (int64_t b = 0; b < format.block_bytes(); b += 64) prefetch(from.codes + b + format.block_bytes());
+                const uint8_t* codes = halves ? from.codes : unpack_codes(format, from.codes, &room[size_t(w * stride)]);
+                pushes[size_t(w)] = {codes, from.step * weight};
             }
+            const Pushed *begin = pushes.data(), *end = begin + workers;
+            const float* e = kept.error;
+            const float scale = block.stage_rows(
+                count,
+                [=](int64_t i, F8* v) {
+                    for (int q = 0; q < 4; q++) v[q] = e ? load(e + i + 8 * q) : splat(0);
+                    auto add_pushes = [=](int64_t byte, const auto& read) {
+                        for (const Pushed* p = begin; p < end; p++)
+                            for (int q = 0; q < 4; q++)
+                                v[q] = add(v[q], mul(read(p->codes + byte + 8 * q, splat(levels)), splat(p->step)));
+                    };
+                    if (!halves) add_pushes(i, from_codes<0, 8>);
+                    else if (i < half) add_pushes(i, from_codes<0, 4>);
+                    else add_pushes(i - half, from_codes<4, 4>);
+                },
+                [=](int64_t i) {
+                    float v = e ? e[i] : 0.f;
+                    for (const Pushed* p = begin; p < end; p++) {
+                        const int code = !halves ? p->codes[i] : i < half ? p->codes[i] & 15 : p->codes[i - half] >> 4;
+                        v += (float(code) - levels) * p->step;
+                    }
+                    return v;
+                });
             uint8_t* codes = chunk + format.codes_at + at * format.block_bytes();
-            block.finish(count, position, random, kept, step_in(chunk, at), codes);
+            block.finish(scale, count, position, random, kept, step_in(chunk, at), codes, [=](int64_t row) {
+                if (e) prefetch(e + row + ahead), prefetch(e + row + ahead + kRow / 2);
+            });
         });
     });
 }
@@ -256,25 +344,20 @@ void quantize_decode(const Quantize& format, const Layout& layout, const uint8_t
         using G = std::remove_pointer_t<decltype(type)>;
         const bool large = layout.shards * layout.shard_numel * int64_t(sizeof(G)) >= kLarge;
         parallel(threads, [&](int t) {
-            std::vector<uint8_t> codes(size_t(format.block + 2 * kDigits));
-            const F8 levels = splat(float(format.levels));
+            std::vector<uint8_t> room(size_t(format.block + 2 * kDigits));
             for_blocks(layout, format.block, t, threads, [&](int64_t i, int64_t first, int64_t count, int64_t position) {
                 const int64_t shard = position / layout.shard_numel, inside = position - shard * layout.shard_numel;
                 const CodesOfBlock from = codes_in(format, chunks + shard * format.chunk_bytes, inside / format.block);
-                unpack_codes(format, from.codes, codes.data());
                 G* to = static_cast<G*>(gradients.data[i]) + first;
-                const F8 step = splat(from.step);
-                const bool past_caches = large && reinterpret_cast<uintptr_t>(to) % 32 == 0;
-                for (int64_t j = 0; j < count; j += 8) {
-                    const F8 values = mul(sub(from_bytes(&codes[size_t(j)]), levels), step);
-                    if constexpr (std::is_same_v<G, float>) {
-                        if (past_caches && j + 8 <= count) {
-                            stream(to + j, values);
-                            continue;
-                        }
-                    }
-                    put(to + j, values, int(std::min<int64_t>(8, count - j)));
+                if constexpr (std::is_same_v<G, float>) {
+                    if (large && reinterpret_cast<uintptr_t>(to) % 32 == 0)
+                        return expand(format, from.codes, from.step, count, room.data(), [to](int64_t at, F8 values, int valid) {
+                            if (valid == 8) stream(to + at, values);
+                            else put(to + at, values, valid);
+                        });
                 }
+                expand(format, from.codes, from.step, count, room.data(),
+                       [to](int64_t at, F8 values, int valid) { put(to + at, values, valid); });
             });
             stream_end();
         });
@@ -284,23 +367,12 @@ void quantize_decode(const Quantize& format, const Layout& layout, const uint8_t
 void quantize_accumulate(const Quantize& format, const Layout& layout, const uint8_t* chunk, float weight, float* sum,
                          int threads) {
     parallel(threads, [&](int t) {
-        std::vector<uint8_t> codes(size_t(format.block + 2 * kDigits));
-        const F8 levels = splat(float(format.levels));
+        std::vector<uint8_t> room(size_t(format.block + 2 * kDigits));
         for_blocks(layout, format.block, t, threads, [&](int64_t, int64_t, int64_t count, int64_t position) {
             const CodesOfBlock from = codes_in(format, chunk, position / format.block);
-            unpack_codes(format, from.codes, codes.data());
-            const F8 step = splat(from.step * weight);
-            for (int64_t j = 0; j < count; j += 8) {
-                const F8 values = mul(sub(from_bytes(&codes[size_t(j)]), levels), step);
-                float* to = sum + position + j;
-                if (j + 8 <= count) {
-                    store(to, add(load(to), values));
-                    continue;
-                }
-                float v[8];
-                store(v, values);
-                for (int64_t k = j; k < count; k++) sum[position + k] += v[k - j];
-            }
+            float* to = sum + position;
+            expand(format, from.codes, from.step * weight, count, room.data(),
+                   [to](int64_t at, F8 values, int valid) { add_to(to + at, values, valid); });
         });
     });
 }

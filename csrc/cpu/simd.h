@@ -94,14 +94,24 @@ inline F8 truncated(F8 a, F8 limit) {
 }
 // lane by lane, a where b is zero, else zero
 inline F8 where_zero(F8 a, F8 b) { return _mm256_and_ps(a, _mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ)); }
-inline F8 from_bytes(const uint8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+// Whole numbers from -levels to levels, to which levels are added, in bytes, or in `Bits` bits from bit `Shift` of a byte on.
+// 2**23 + x has the bits of 2**23 plus x.
+template <int Shift, int Bits> inline F8 from_codes(const uint8_t* p, F8 levels) {
+    const F8 one_at = _mm256_set1_ps(float(1 << (23 - Shift)));
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    if (Bits < 8) x = _mm256_and_si256(x, _mm256_set1_epi32(((1 << Bits) - 1) << Shift));
+    return _mm256_sub_ps(_mm256_or_ps(_mm256_castsi256_ps(x), one_at), _mm256_add_ps(one_at, levels));
 }
-// of whole numbers from 0 to 255
-inline void to_bytes(F8 a, uint8_t* p) {
-    const __m256i x = _mm256_cvttps_epi32(a);
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+inline void to_codes(const F8 a[4], F8 levels, uint8_t* p) {
+    __m256i x[4];
+    for (int q = 0; q < 4; q++) {
+        const F8 sum = _mm256_add_ps(a[q], _mm256_add_ps(_mm256_set1_ps(0x1p23f), levels));
+        x[q] = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_set1_epi32(255));
+    }
+    // Packing interleaves the halves of its operands: groups of four numbers are put in order again.
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(x[0], x[1]), _mm256_packus_epi32(x[2], x[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 // lane by lane, the magnitude or, where that is less, the limit, with the sign; not of NaN
 inline F8 limited(F8 a, float limit) {
@@ -146,8 +156,12 @@ inline F8 larger_magnitude(F8 magnitudes, F8 a) {
 }
 inline F8 truncated(F8 a, F8 limit) { return lanes([&](int j) { return float(int(std::min(a.x[j], limit.x[j]))); }); }
 inline F8 where_zero(F8 a, F8 b) { return lanes([&](int j) { return b.x[j] == 0.f ? a.x[j] : 0.f; }); }
-inline F8 from_bytes(const uint8_t* p) { return lanes([&](int j) { return float(p[j]); }); }
-inline void to_bytes(F8 a, uint8_t* p) { for (int j = 0; j < 8; j++) p[j] = uint8_t(a.x[j]); }
+template <int Shift, int Bits> inline F8 from_codes(const uint8_t* p, F8 levels) {
+    return lanes([&](int j) { return float(p[j] >> Shift & ((1 << Bits) - 1)) - levels.x[j]; });
+}
+inline void to_codes(const F8 a[4], F8 levels, uint8_t* p) {
+    for (int j = 0; j < 32; j++) p[j] = uint8_t(a[j / 8].x[j % 8] + levels.x[j % 8]);
+}
 inline F8 limited(F8 a, float limit) { return lanes([&](int j) { return limited(a.x[j], limit); }); }
 inline void stream(float* p, F8 x) { store(p, x); }
 inline void stream_end() {}
@@ -161,6 +175,14 @@ template <class G> inline void put(G* to, F8 values, int valid) {
     float v[8];
     store(v, values);
     for (int j = 0; j < valid; j++) from_float(v[j], to + j);
+}
+
+// Adds the first few of eight values.
+inline void add_to(float* to, F8 values, int valid) {
+    if (valid == 8) return store(to, add(load(to), values));
+    float v[8];
+    store(v, values);
+    for (int j = 0; j < valid; j++) to[j] += v[j];
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ def test_the_reference_has_every_option_with_its_default():
 
 def test_the_reference_has_every_compressor_with_its_arguments():
     listed = rows("Compressors")
-    public = [getattr(ds_horovod, name) for name in ds_horovod.__all__]
+    public = [vars(ds_horovod)[name] for name in ds_horovod.__all__ if name in vars(ds_horovod)]  # what needs no Horovod
     public = [value for value in public if inspect.isclass(value) and issubclass(value, Compressor) and value is not Compressor]
     assert sorted(call.partition("(")[0] for call in listed) == sorted(each.__name__ for each in public)
     for call in listed:

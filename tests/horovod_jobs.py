@@ -138,7 +138,8 @@ def separate_ranks(ranks: int, *command: str, gloo_timeout: int = 20, hosts: int
 
     server = RendezvousServer(0)
     port = server.start()
-    slots = get_host_assignments(parse_hosts(",".join(f"host{i}:{ranks // hosts}" for i in range(hosts))), ranks)
+    names = ["localhost"] if hosts == 1 else [f"127.0.0.{i + 1}" for i in range(hosts)]
+    slots = get_host_assignments(parse_hosts(",".join(f"{name}:{ranks // hosts}" for name in names)), ranks)
     server.init(slots)
     own = [
         {
